@@ -1,0 +1,91 @@
+"""Bundles on the wire: a byte string in numbered chunks with a length and a checksum.
+
+What the bytes mean (safetensors) is checked by their reader; see `lesft.tensors` and the
+aggregator's store. Loads no torch.
+"""
+
+import zlib
+from collections.abc import Iterator
+
+from lesft.errors import BundleError, TooLarge
+from lesft.v1.tensor_pb2 import BundleInfo, Chunk
+
+CHUNK_BYTES = 1 << 20
+"""Size of every chunk but a bundle's last: the fastest in Python gRPC, measured on loopback."""
+
+MIN_BUNDLE_BYTES = 8
+"""The smallest safetensors byte string is its 8-byte header length."""
+
+
+def bundle_info(data: bytes) -> BundleInfo:
+    """The announcement of a bundle."""
+    return BundleInfo(total_bytes=len(data), crc32=zlib.crc32(data))
+
+
+def bundle_chunks(data: bytes) -> Iterator[Chunk]:
+    """A bundle's chunks in order."""
+    view = memoryview(data)
+    for index, start in enumerate(range(0, len(data), CHUNK_BYTES)):
+        yield Chunk(index=index, data=bytes(view[start : start + CHUNK_BYTES]))
+
+
+class BundleReader:
+    """Puts one announced bundle together again.
+
+    Holds `total_bytes` from the start, never more; chunks must come in order, whole and once.
+    """
+
+    def __init__(self, info: BundleInfo, max_bytes: int) -> None:
+        """Raises TooLarge or BundleError when the announcement alone breaks a rule."""
+        if info.total_bytes > max_bytes:
+            raise TooLarge(
+                f"bundle of {info.total_bytes} bytes announced, but at most {max_bytes} are "
+                "allowed here: send fewer or shorter samples per micro-batch"
+            )
+        if info.total_bytes < MIN_BUNDLE_BYTES:
+            raise BundleError(
+                f"bundle of {info.total_bytes} bytes announced, but a safetensors byte string "
+                f"has at least {MIN_BUNDLE_BYTES}: announce the bundle before its chunks"
+            )
+        self._crc32 = info.crc32
+        self._buffer = bytearray(info.total_bytes)
+        self._received = 0
+        self._next_index = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether all bytes are there."""
+        return self._received == len(self._buffer)
+
+    def add(self, chunk: Chunk) -> None:
+        """Take the next chunk. Raises BundleError for any other."""
+        if self.complete:
+            raise BundleError(f"chunk {chunk.index} after the bundle's last one: resend the bundle")
+        if chunk.index != self._next_index:
+            raise BundleError(
+                f"chunk {self._next_index} expected, got chunk {chunk.index}: chunks must come "
+                "in order, each once"
+            )
+        expected = min(CHUNK_BYTES, len(self._buffer) - self._received)
+        if len(chunk.data) != expected:
+            raise BundleError(
+                f"chunk {chunk.index} must have {expected} bytes, got {len(chunk.data)}"
+            )
+        self._buffer[self._received : self._received + expected] = chunk.data
+        self._received += expected
+        self._next_index += 1
+
+    def data(self) -> bytes:
+        """The whole bundle. Raises BundleError when bytes are missing or were damaged."""
+        if not self.complete:
+            raise BundleError(
+                f"bundle ended after {self._received} of {len(self._buffer)} bytes: chunk "
+                f"{self._next_index} is missing"
+            )
+        crc32 = zlib.crc32(self._buffer)
+        if crc32 != self._crc32:
+            raise BundleError(
+                f"bundle has checksum {crc32:08x}, but {self._crc32:08x} was announced: it was "
+                "damaged on the way, send it again"
+            )
+        return bytes(self._buffer)

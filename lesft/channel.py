@@ -1,0 +1,104 @@
+"""gRPC channels and servers: limits and keepalive that agree on both ends, health, reflection."""
+
+import ipaddress
+from collections.abc import Sequence
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from lesft.errors import InvalidInput, Unreachable
+from lesft.interceptors import ErrorInterceptor
+
+MAX_MESSAGE_BYTES = 2 << 20
+"""One chunk and its envelope, with room to spare; anything larger is cut into chunks."""
+
+KEEPALIVE_SECONDS = 30
+"""Both ends ping an idle connection this often, and each lets the other do so."""
+
+_OPTIONS = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+_SERVER_OPTIONS = [
+    *_OPTIONS,
+    # Half of the other end's interval: a ping that comes a little early is no offence.
+    ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
+    ("grpc.so_reuseport", 0),
+]
+_CLIENT_OPTIONS = [
+    *_OPTIONS,
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+    ("grpc.enable_retries", 0),
+]
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `HOST:PORT`. Raises InvalidInput for anything else."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise InvalidInput(f"an address must be HOST:PORT with a port up to 65535, got {address!r}")
+    return host.strip("[]"), int(port)
+
+
+def check_open(address: str, insecure: bool) -> None:
+    """Refuse an address off this machine unless that was asked for by name.
+
+    Raises InvalidInput: traffic is not encrypted, so it stays on loopback by default.
+    """
+    host, _ = split_address(address)
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback and not insecure:
+        raise InvalidInput(
+            f"{address} is not a loopback address and traffic is not encrypted: use 127.0.0.1, "
+            "or accept that anyone on the way can read and change it with --insecure"
+        )
+
+
+def open_channel(address: str, insecure: bool) -> grpc.Channel:
+    """A channel to a service; connects when first used."""
+    check_open(address, insecure)
+    return grpc.insecure_channel(address, options=_CLIENT_OPTIONS)
+
+
+def make_server(service_names: Sequence[str]) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
+    """A server with our error statuses, and the standard health and reflection services.
+
+    `service_names` are the full names of the services that the caller will add. Health says
+    NOT_SERVING for each until the caller changes it.
+    """
+    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_SERVER_OPTIONS)
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    names = (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    return server, health_servicer
+
+
+async def set_serving(
+    health_servicer: health.aio.HealthServicer, service_names: Sequence[str]
+) -> None:
+    """Say SERVING for the services and for the whole server."""
+    for name in ("", *service_names):
+        await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+
+def bind(server: grpc.aio.Server, address: str, insecure: bool) -> str:
+    """Bind the server and return the address it really has (port 0 takes a free one)."""
+    check_open(address, insecure)
+    host, _ = split_address(address)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise Unreachable(f"cannot listen on {address}: the port is taken or the host unknown")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,114 @@
+"""Every error that crosses a service boundary, and the one table of its statuses."""
+
+from typing import NamedTuple
+
+from grpc import StatusCode
+
+
+class LesftError(Exception):
+    """Base of all errors that users, operators or other services are meant to read."""
+
+
+class InvalidInput(LesftError, ValueError):
+    """A setting, a file or a message breaks a rule."""
+
+
+class DataError(InvalidInput):
+    """A data set cannot be read or used."""
+
+
+class ModelError(InvalidInput):
+    """A model folder, its weights or its family cannot be used."""
+
+
+class BundleError(InvalidInput):
+    """A bundle's chunks or tensors are not what was announced or agreed."""
+
+
+class HandshakeMismatch(LesftError):
+    """Two parties do not mean the same run; the message names the field and both values."""
+
+
+class AlreadyJoined(LesftError):
+    """A client of this name is in the run already."""
+
+
+class OutOfOrder(LesftError):
+    """A message or micro-batch is not the one whose turn it is."""
+
+
+class StaleVersion(LesftError):
+    """A submission was trained from a version that is no longer open."""
+
+
+class NotFound(LesftError):
+    """What was asked for does not exist."""
+
+
+class TooLarge(LesftError):
+    """A message or request is over its limit."""
+
+
+class RunStopped(LesftError):
+    """The run has ended early; the message names who or what ended it."""
+
+
+class Unreachable(LesftError):
+    """A service does not answer."""
+
+
+class InternalError(LesftError):
+    """A bug or a broken machine on the other side; its log has the details."""
+
+
+class Status(NamedTuple):
+    """How one error crosses a boundary."""
+
+    grpc: StatusCode
+    http: int
+
+
+STATUS: dict[type[LesftError], Status] = {
+    InvalidInput: Status(StatusCode.INVALID_ARGUMENT, 422),
+    DataError: Status(StatusCode.INVALID_ARGUMENT, 422),
+    ModelError: Status(StatusCode.INVALID_ARGUMENT, 422),
+    BundleError: Status(StatusCode.INVALID_ARGUMENT, 422),
+    HandshakeMismatch: Status(StatusCode.FAILED_PRECONDITION, 412),
+    AlreadyJoined: Status(StatusCode.ALREADY_EXISTS, 409),
+    OutOfOrder: Status(StatusCode.FAILED_PRECONDITION, 409),
+    StaleVersion: Status(StatusCode.FAILED_PRECONDITION, 409),
+    NotFound: Status(StatusCode.NOT_FOUND, 404),
+    TooLarge: Status(StatusCode.RESOURCE_EXHAUSTED, 413),
+    RunStopped: Status(StatusCode.ABORTED, 410),
+    Unreachable: Status(StatusCode.UNAVAILABLE, 503),
+    InternalError: Status(StatusCode.INTERNAL, 500),
+}
+
+_BY_NAME = {error.__name__: error for error in STATUS}
+
+_BY_CODE: dict[StatusCode, type[LesftError]] = {
+    StatusCode.INVALID_ARGUMENT: InvalidInput,
+    StatusCode.FAILED_PRECONDITION: HandshakeMismatch,
+    StatusCode.ALREADY_EXISTS: AlreadyJoined,
+    StatusCode.NOT_FOUND: NotFound,
+    StatusCode.RESOURCE_EXHAUSTED: TooLarge,
+    StatusCode.ABORTED: RunStopped,
+    StatusCode.UNAVAILABLE: Unreachable,
+    StatusCode.DEADLINE_EXCEEDED: Unreachable,
+    StatusCode.CANCELLED: Unreachable,
+}
+
+
+def status_of(error: LesftError) -> Status:
+    """The status of an error, or of its nearest base that has one."""
+    for kind in type(error).__mro__:
+        if kind in STATUS:
+            return STATUS[kind]
+    return STATUS[InternalError]
+
+
+def error_for(name: str | None, code: StatusCode) -> type[LesftError]:
+    """The error class for a class name as it crossed the wire, or else for the bare status."""
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    return _BY_CODE.get(code, InternalError)

@@ -1,0 +1,126 @@
+"""What all parties of a run must agree on: the run spec and its parts. Loads no torch.
+
+Every field's sentence is also the help of the server's option of that name: the server holds the
+spec, hands it to each client, and nobody changes it in mid-run.
+"""
+
+import hashlib
+import json
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Encoding = Literal["raw", "bf16"]
+"""How activations or gradients travel: as they are computed, or rounded to bfloat16."""
+
+PROTOCOL_VERSION = 1
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LoraSpec(_Spec):
+    """The low-rank adapters on both sides (METHOD section 1)."""
+
+    rank: int = Field(8, ge=1, description="LoRA rank r.")
+    alpha: float = Field(16, gt=0, description="LoRA alpha; updates are scaled by alpha / rank.")
+    dropout: float = Field(0.2, ge=0, lt=1, description="Dropout on the adapters' input.")
+    target_modules: tuple[str, ...] = Field(
+        ("gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+        description="Names of the linear layers that get an adapter.",
+    )
+
+
+class LossSpec(_Spec):
+    """The dual-path token-weighted loss (METHOD section 4)."""
+
+    token_weights: Literal["adaptive", "uniform"] = Field(
+        "adaptive", description="Weight of each target token: from the reference path, or one."
+    )
+    uniform_weight: float = Field(
+        1.0, ge=0, description="The weight of every token when token_weights is uniform."
+    )
+    salient_threshold: float = Field(
+        0.95, gt=0, lt=1, description="Reference probability above which a token is salient."
+    )
+    gamma_salient: float = Field(5.0, gt=0, description="Exponent of salient tokens' weight.")
+    gamma_sub_salient: float = Field(
+        0.3, gt=0, description="Exponent of sub-salient tokens' weight."
+    )
+    gamma_irrelevant: float = Field(0.6, gt=0, description="Exponent of irrelevant tokens' weight.")
+    clustering: Literal["global", "contiguous"] = Field(
+        "global", description="Sub-salient: near any salient token, or grown from one outwards."
+    )
+    cluster_similarity: float = Field(
+        0.6, ge=-1, le=1, description="Cosine similarity from which a token counts as near."
+    )
+    base_nll_weight: float = Field(
+        0.0, ge=0, description="Weight of a plain -log P beside the weighted one, base path."
+    )
+    reference_nll_weight: float = Field(
+        0.0, ge=0, description="Weight of a plain -log P on the reference path."
+    )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the clients compute and send the reference path at all."""
+        return self.token_weights == "adaptive" or self.reference_nll_weight > 0
+
+    @property
+    def trains_reference(self) -> bool:
+        """Whether the reference path gets a gradient."""
+        return self.reference_nll_weight > 0
+
+
+class OptimizerSpec(_Spec):
+    """AdamW and its schedule, the same on both sides."""
+
+    learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of AdamW.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Course of the learning rate after the warm-up."
+    )
+    warmup_rounds: int = Field(0, ge=0, description="Rounds of linear warm-up from zero.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Each side clips its gradient to this norm; 0 turns it off."
+    )
+
+
+class RunOptions(_Spec):
+    """The run's settings that an operator chooses freely."""
+
+    run_id: str = Field("lesft", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Name of the run.")
+    clients: int = Field(4, ge=1, description="Number of clients that train together.")
+    rounds: int = Field(ge=1, description="Number of rounds; each ends in one optimizer step.")
+    accumulation: int = Field(4, ge=1, description="Micro-batches per round.")
+    batch_size: int = Field(1, ge=1, description="Samples per micro-batch and client.")
+    aggregation_interval: int = Field(
+        5, ge=1, description="Rounds between two aggregations; one more ends the run."
+    )
+    max_length: int = Field(1024, ge=2, description="Most tokens of one sequence.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of every random draw of the run.")
+    activation_encoding: Encoding = Field("raw", description="How activations travel.")
+    gradient_encoding: Encoding = Field("raw", description="How gradients travel.")
+    lora: LoraSpec = LoraSpec()
+    loss: LossSpec = LossSpec()
+    optimizer: OptimizerSpec = OptimizerSpec()
+
+
+class RunSpec(RunOptions):
+    """One run, whole: the options and the model they meet."""
+
+    model_name: str = Field(description="The base model's name, for the adapter's config.")
+    front_fingerprint: str = Field(description="Fingerprint of the front's weights and config.")
+    cut_layer: int = Field(ge=1, description="Number of decoder layers on the client.")
+
+    def fingerprint(self) -> str:
+        """`sha256:` and the hex digest of the spec's canonical JSON."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+    def aggregates_after(self, round_index: int) -> bool:
+        """Whether the adapters are averaged after this round (counted from 0)."""
+        done = round_index + 1
+        return done % self.aggregation_interval == 0 or done == self.rounds

@@ -1,0 +1,86 @@
+"""The run spec to and from its protobuf message, field by field of the same name."""
+
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict, ParseDict
+from pydantic import ValidationError
+
+from lesft.errors import InvalidInput
+from lesft.spec import Encoding, LoraSpec, RunSpec
+from lesft.v1 import run_pb2, tensor_pb2
+
+# Enum values carry their type's name as a prefix in protobuf; ours are the bare lower-case rest.
+_PREFIXES = {
+    "activation_encoding": "ENCODING_",
+    "gradient_encoding": "ENCODING_",
+    "token_weights": "TOKEN_WEIGHTS_",
+    "clustering": "CLUSTERING_",
+    "schedule": "SCHEDULE_",
+}
+
+
+def spec_to_message(spec: RunSpec) -> run_pb2.RunSpec:
+    """The message of a run spec."""
+    return ParseDict(_with_prefixes(spec.model_dump(mode="json")), run_pb2.RunSpec())
+
+
+def spec_from_message(message: run_pb2.RunSpec) -> RunSpec:
+    """The run spec of a message. Raises InvalidInput when a field breaks its rule."""
+    try:
+        return RunSpec.model_validate(_without_prefixes(_as_dict(message)))
+    except ValidationError as error:
+        raise InvalidInput(f"the run spec received cannot be used: {error}") from None
+
+
+def lora_to_message(lora: LoraSpec) -> run_pb2.LoraSpec:
+    """The message of the adapters' settings."""
+    return ParseDict(lora.model_dump(mode="json"), run_pb2.LoraSpec())
+
+
+def lora_from_message(message: run_pb2.LoraSpec) -> LoraSpec:
+    """The adapters' settings of a message. Raises InvalidInput when a field breaks its rule."""
+    try:
+        return LoraSpec.model_validate(_as_dict(message))
+    except ValidationError as error:
+        raise InvalidInput(f"the lora settings received cannot be used: {error}") from None
+
+
+_ENCODINGS = {"raw": tensor_pb2.ENCODING_RAW, "bf16": tensor_pb2.ENCODING_BF16}
+
+
+def encoding_to_message(encoding: Encoding) -> tensor_pb2.Encoding.ValueType:
+    """The protobuf value of an encoding."""
+    return _ENCODINGS[encoding]
+
+
+def encoding_name(value: int) -> str:
+    """Our name of a protobuf encoding, or the bare number of one we do not know."""
+    return next((name for name, number in _ENCODINGS.items() if number == value), str(value))
+
+
+def _as_dict(message: run_pb2.RunSpec | run_pb2.LoraSpec) -> dict[str, Any]:
+    return MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+
+
+def _with_prefixes(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _with_prefixes(value)
+        if isinstance(value, dict)
+        else _PREFIXES[key] + value.upper()
+        if key in _PREFIXES
+        else value
+        for key, value in values.items()
+    }
+
+
+def _without_prefixes(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_prefixes(value)
+        if isinstance(value, dict)
+        else str(value).removeprefix(_PREFIXES[key]).lower()
+        if key in _PREFIXES
+        else value
+        for key, value in values.items()
+    }

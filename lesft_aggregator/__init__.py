@@ -1,0 +1,1 @@
+"""The aggregation server: rounds of adapter averaging. Needs neither torch nor transformers."""

@@ -1,0 +1,1 @@
+"""The edge client: tokenizer, front layers, private data and its side of the training loop."""

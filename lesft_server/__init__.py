@@ -1,0 +1,1 @@
+"""The central server: back layers, loss, cohort, sessions and its control API."""

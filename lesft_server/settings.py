@@ -1,0 +1,46 @@
+"""The server's settings; the run's own part of them becomes the run spec."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from lesft.settings import ServiceSettings
+from lesft.spec import RunOptions, RunSpec
+
+
+class ServerSettings(ServiceSettings, RunOptions):
+    """LESFT's central server: the back of the model for a cohort of edge clients."""
+
+    model_config = SettingsConfigDict(env_prefix="LESFT_SERVER_")
+
+    config: Path | None = Field(None, description="TOML file with any of these settings.")
+    model: str = Field(description="Base model: a hub id or a folder in Hugging Face layout.")
+    state: Path = Field(description="Folder for what the server keeps.")
+    listen: str = Field("127.0.0.1:50051", description="HOST:PORT of the gRPC service.")
+    control: str = Field("127.0.0.1:8051", description="HOST:PORT of the control API.")
+    insecure: bool = Field(
+        False, description="Allow unencrypted traffic beyond this machine: anyone may read it."
+    )
+    device: str = Field("auto", description="torch device; auto takes CUDA when there is one.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="fp32, or bf16 weights and autocast with adapters in fp32."
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of torch; 0 leaves its default.")
+    logits_slice: int = Field(
+        1024, ge=1, description="Target tokens per slice of the LM head; bounds its memory."
+    )
+    cut_layer: int = Field(
+        0, ge=0, description="Decoder layers on the client; 0 takes a quarter of the model."
+    )
+
+    def run_spec(self, model_name: str, cut_layer: int, front_fingerprint: str) -> RunSpec:
+        """The run spec of these settings for the model that was loaded."""
+        options = self.model_dump(include=set(RunOptions.model_fields))
+        return RunSpec(
+            **options,
+            model_name=model_name,
+            cut_layer=cut_layer,
+            front_fingerprint=front_fingerprint,
+        )
