@@ -50,7 +50,8 @@ class BundleReader:
         self._crc32 = info.crc32
         self._buffer = bytearray(info.total_bytes)
         self._received = 0
-        self._next_index = 0
+        self.next_index = 0
+        """The chunk that must come next."""
 
     @property
     def complete(self) -> bool:
@@ -61,9 +62,9 @@ class BundleReader:
         """Take the next chunk. Raises BundleError for any other."""
         if self.complete:
             raise BundleError(f"chunk {chunk.index} after the bundle's last one: resend the bundle")
-        if chunk.index != self._next_index:
+        if chunk.index != self.next_index:
             raise BundleError(
-                f"chunk {self._next_index} expected, got chunk {chunk.index}: chunks must come "
+                f"chunk {self.next_index} expected, got chunk {chunk.index}: chunks must come "
                 "in order, each once"
             )
         expected = min(CHUNK_BYTES, len(self._buffer) - self._received)
@@ -73,14 +74,14 @@ class BundleReader:
             )
         self._buffer[self._received : self._received + expected] = chunk.data
         self._received += expected
-        self._next_index += 1
+        self.next_index += 1
 
     def data(self) -> bytes:
         """The whole bundle. Raises BundleError when bytes are missing or were damaged."""
         if not self.complete:
             raise BundleError(
                 f"bundle ended after {self._received} of {len(self._buffer)} bytes: chunk "
-                f"{self._next_index} is missing"
+                f"{self.next_index} is missing"
             )
         crc32 = zlib.crc32(self._buffer)
         if crc32 != self._crc32:

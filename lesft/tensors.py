@@ -48,11 +48,20 @@ def decode_tensors(data: bytes, expected: Mapping[str, TensorSpec]) -> dict[str,
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise BundleError(f"bundle is no safetensors byte string: {error}") from None
+    check_tensors(tensors, expected)
+    return tensors
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, TensorSpec]) -> None:
+    """Raises BundleError unless names, dtypes and shapes are as expected and all is finite."""
     if tensors.keys() != expected.keys():
-        raise BundleError(f"bundle must hold the tensors {sorted(expected)}, got {sorted(tensors)}")
+        names = sorted(tensors.keys() ^ expected.keys())
+        raise BundleError(
+            f"{len(expected)} tensors expected, got {len(tensors)}; "
+            f"{'missing' if names[0] in expected else 'not expected'}: {names[0]!r}"
+        )
     for name, spec in expected.items():
         _check_tensor(name, tensors[name], spec)
-    return tensors
 
 
 def _check_tensor(name: str, tensor: torch.Tensor, spec: TensorSpec) -> None:

@@ -1,0 +1,168 @@
+"""The back of the model and its training step: METHOD section 3, steps 3 to 6. Pure torch.
+
+The server runs it for its cohort; a program that holds the whole model runs it beside the front.
+Shape letters: N tokens of the whole batch, T its target tokens, L tokens of the longest sample,
+B samples, D width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from lesft.adapters import lora_parameters
+from lesft.cohort_batch import CohortBatch, Part, TokenTerms, concatenate
+from lesft.errors import InvalidInput
+from lesft.loss import sample_token_weights, slice_log_probs
+from lesft.micro_batch import Path, StepKey, StepResult, Targets, at_predictors, pad
+from lesft.optimizer import Optimizer
+from lesft.seeds import derive_seed
+from lesft.spec import RunSpec
+from lesft.split import back_hidden, head_logits
+
+Precision = Literal["fp32", "bf16"]
+
+
+class Back:
+    """Decoder layers from the cut on, final norm and LM head, with their adapters and optimizer."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        spec: RunSpec,
+        precision: Precision = "fp32",
+        logits_slice: int = 1024,
+    ) -> None:
+        """`model` is frozen but for its adapters; logits are made `logits_slice` tokens a time."""
+        self.model = model
+        self.spec = spec
+        self.optimizer = Optimizer(lora_parameters(model), spec.optimizer, spec.rounds)
+        self._precision = precision
+        self._logits_slice = logits_slice
+
+    # ------------------------------------------------------------------ the training step
+
+    def train_step(self, key: StepKey, parts: Sequence[Part]) -> list[StepResult]:
+        """One micro-batch of the cohort; after the window's last one AdamW steps Φ.
+
+        Returns the clients' results in the order of their parts. Raises InvalidInput, and changes
+        nothing, when a client's activations lead to values that are not finite.
+        """
+        loss = self.spec.loss
+        batch = CohortBatch(parts, self.model.device)  # step 3: S and S~ of all clients
+        ids_T = batch.targets.ids_T
+
+        reference_TD = reference_log_probs_T = None
+        if batch.reference is not None:
+            reference_TD = self._hidden(batch.reference, batch.targets, loss.trains_reference)
+            reference_log_probs_T = self._log_probs(reference_TD, ids_T)
+        torch.manual_seed(derive_seed(self.spec.seed, "server", key.round, key.micro))
+        base_TD = self._hidden(batch.base, batch.targets, grad=True, dropout=True)
+        _check_finite(batch, base_TD, reference_TD)
+
+        # Step 4: S_t is a constant, so a token's coefficient is known before its probability, and
+        # the LM head can run forward and backward slice by slice.
+        weights_T, classes_T = self._token_weights(reference_log_probs_T, base_TD, batch.targets)
+        weights_T = weights_T + loss.base_nll_weight
+        scales_T = batch.token_scales() / self.spec.accumulation
+
+        # Step 5: backward, into the adapters' and the activations' gradients.
+        log_probs_T = self._backward(base_TD, ids_T, weights_T * scales_T)
+        losses_T = -(weights_T * log_probs_T)
+        if reference_TD is not None and loss.trains_reference:
+            reference_log_probs_T = self._backward(
+                reference_TD, ids_T, loss.reference_nll_weight * scales_T
+            )
+            losses_T = losses_T - loss.reference_nll_weight * reference_log_probs_T
+        if key.micro == self.spec.accumulation - 1:
+            self.optimizer.step()
+
+        # Step 6: the gradient with respect to S, split by client.
+        return batch.results(key, TokenTerms(losses_T, log_probs_T, classes_T))
+
+    # ------------------------------------------------------------------ its pieces
+
+    def _hidden(
+        self, path: Path, targets: Targets, grad: bool, dropout: bool = False
+    ) -> torch.Tensor:
+        """Hidden states `[T, D]` after the final norm where the target tokens are predicted."""
+        self.model.train(dropout)
+        with torch.set_grad_enabled(grad), self._autocast():
+            activations_BLD, mask = pad(path.activations_ND.to(self.model.dtype), path.lengths)
+            hidden_BLD = back_hidden(self.model, activations_BLD, mask)
+            return at_predictors(hidden_BLD, path.lengths, targets.lengths)
+
+    def _token_weights(
+        self, reference_log_probs_T: torch.Tensor | None, hidden_TD: torch.Tensor, targets: Targets
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """S_t and the class of every token, sample by sample."""
+        lengths = list(targets.lengths)
+        hidden = torch.split(hidden_TD.detach(), lengths)
+        probs: Sequence[torch.Tensor | None] = [None] * len(lengths)
+        if reference_log_probs_T is not None:
+            probs = torch.split(reference_log_probs_T.exp(), lengths)
+        samples = [
+            sample_token_weights(p, h, self.spec.loss) for p, h in zip(probs, hidden, strict=True)
+        ]
+        classes = [classes_T for _, classes_T in samples if classes_T is not None]
+        weights_T = torch.cat([weights_T for weights_T, _ in samples])
+        return weights_T, torch.cat(classes) if classes else None
+
+    def _backward(
+        self, hidden_TD: torch.Tensor, ids_T: torch.Tensor, coefficients_T: torch.Tensor
+    ) -> torch.Tensor:
+        """Back-propagate -Σ c_t log P_t; return log P `[T]`. Never holds logits of all tokens."""
+        leaf_TD = hidden_TD.detach().requires_grad_()
+        log_probs = []
+        for rows in self._slices(len(ids_T)):
+            with self._autocast():
+                log_probs_T = slice_log_probs(head_logits(self.model, leaf_TD[rows]), ids_T[rows])
+            (-(coefficients_T[rows] * log_probs_T).sum()).backward()  # type: ignore[no-untyped-call]
+            log_probs.append(log_probs_T.detach())
+        hidden_TD.backward(leaf_TD.grad)  # type: ignore[no-untyped-call]
+        return torch.cat(log_probs)
+
+    @torch.no_grad()
+    def _log_probs(self, hidden_TD: torch.Tensor, ids_T: torch.Tensor) -> torch.Tensor:
+        """log P `[T]` of the target tokens, without graph."""
+        with self._autocast():
+            return torch.cat(
+                [
+                    slice_log_probs(head_logits(self.model, hidden_TD[rows]), ids_T[rows])
+                    for rows in self._slices(len(ids_T))
+                ]
+            )
+
+    def _slices(self, num_tokens: int) -> list[slice]:
+        starts = range(0, num_tokens, self._logits_slice)
+        return [slice(start, start + self._logits_slice) for start in starts]
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        enabled = self._precision == "bf16"
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=enabled)
+
+    # ------------------------------------------------------------------ held-out likelihood
+
+    @torch.no_grad()
+    def score(self, base: Path, targets: Targets) -> list[float]:
+        """Each sample's sum of -log P over its target tokens, in nats; trains nothing."""
+        base = concatenate([base], self.model.device)
+        hidden_TD = self._hidden(base, targets, grad=False)
+        log_probs_T = self._log_probs(hidden_TD, targets.ids_T.to(self.model.device))
+        return [
+            -float(sample.double().sum())
+            for sample in torch.split(log_probs_T, list(targets.lengths))
+        ]
+
+
+def _check_finite(batch: CohortBatch, *hidden: torch.Tensor | None) -> None:
+    """Samples do not touch each other, so the rows that are not finite tell whose they are."""
+    for part, rows in zip(batch.parts, batch.token_rows(), strict=True):
+        for hidden_TD in hidden:
+            if hidden_TD is not None and not bool(torch.isfinite(hidden_TD[rows]).all()):
+                raise InvalidInput(
+                    f"client {part.client_id!r}: its activations of {part.micro_batch.key} lead to "
+                    "hidden states that are NaN or infinite: check its front and its precision"
+                )

@@ -1,0 +1,112 @@
+"""The parts of all clients of a cohort as one batch, and the batch's results by client again.
+
+Shape letters: N tokens of the whole batch, T its target tokens, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lesft.loss import TokenClass
+from lesft.micro_batch import MicroBatch, Path, StepKey, StepResult, Targets
+
+
+@dataclass(frozen=True)
+class Part:
+    """One client's micro-batch within a cohort and that client's share |D_i| / |D| of its data."""
+
+    client_id: str
+    micro_batch: MicroBatch
+    share: float
+
+
+@dataclass(frozen=True)
+class TokenTerms:
+    """What the loss made of each target token of the batch; all `[T]`, without graph.
+
+    `losses_T` are the tokens' terms before any scaling, `log_probs_T` those of the base path.
+    """
+
+    losses_T: torch.Tensor
+    log_probs_T: torch.Tensor
+    classes_T: torch.Tensor | None
+
+
+class CohortBatch:
+    """S = [S_1; ...; S_N]: the clients' paths and targets one after another, on one device."""
+
+    def __init__(self, parts: Sequence[Part], device: torch.device) -> None:
+        batches = [part.micro_batch for part in parts]
+        references = [batch.reference for batch in batches if batch.reference is not None]
+        self.parts = parts
+        self.base = concatenate([batch.base for batch in batches], device)
+        self.reference = concatenate(references, device) if references else None
+        self.targets = Targets(
+            torch.cat([batch.targets.ids_T for batch in batches]).to(device),
+            tuple(length for batch in batches for length in batch.targets.lengths),
+        )
+
+    def token_scales(self) -> torch.Tensor:
+        """`[T]` float32: the factor of each token's term, share_i / (B_i |y|) (eq. 1 and 17)."""
+        scales = [
+            part.share / len(part.micro_batch.targets.lengths) / length
+            for part in self.parts
+            for length in part.micro_batch.targets.lengths
+        ]
+        device = self.targets.ids_T.device
+        lengths = torch.tensor(self.targets.lengths, device=device)
+        return torch.tensor(scales, device=device).repeat_interleave(lengths)
+
+    def token_rows(self) -> list[slice]:
+        """Each client's rows of the target tokens."""
+        counts = [sum(part.micro_batch.targets.lengths) for part in self.parts]
+        stops = [sum(counts[: i + 1]) for i in range(len(counts))]
+        return [slice(stop - count, stop) for count, stop in zip(counts, stops, strict=True)]
+
+    def results(self, key: StepKey, terms: TokenTerms) -> list[StepResult]:
+        """Each client's losses and its rows of the activations' gradients (step 6)."""
+        base = _gradients([part.micro_batch.base for part in self.parts], self.base)
+        reference: Sequence[torch.Tensor | None] = [None] * len(self.parts)
+        if self.reference is not None and self.reference.activations_ND.grad is not None:
+            paths = [part.micro_batch.reference for part in self.parts]
+            reference = _gradients(paths, self.reference)
+        return [
+            StepResult(
+                key=key,
+                base_gradient_ND=base[i],
+                reference_gradient_ND=reference[i],
+                loss=_mean_over_samples(terms.losses_T[rows], part.micro_batch.targets.lengths),
+                nll=-float(terms.log_probs_T[rows].mean()),
+                class_counts=_class_counts(terms.classes_T, rows),
+            )
+            for i, (part, rows) in enumerate(zip(self.parts, self.token_rows(), strict=True))
+        ]
+
+
+def concatenate(paths: Sequence[Path], device: torch.device) -> Path:
+    """The paths one after another on the device, as a leaf that can take a gradient."""
+    activations_ND = torch.cat([path.activations_ND for path in paths]).to(device)
+    lengths = tuple(length for path in paths for length in path.lengths)
+    return Path(activations_ND.requires_grad_(), lengths)
+
+
+def _gradients(paths: Sequence[Path | None], gathered: Path) -> list[torch.Tensor]:
+    gradient_ND = gathered.activations_ND.grad
+    assert gradient_ND is not None, "the backward pass ran"
+    counts = [sum(path.lengths) for path in paths if path is not None]
+    return list(torch.split(gradient_ND, counts))
+
+
+def _mean_over_samples(losses_T: torch.Tensor, lengths: tuple[int, ...]) -> float:
+    samples = [losses.sum() / len(losses) for losses in torch.split(losses_T, list(lengths))]
+    return float(torch.stack(samples).mean())
+
+
+def _class_counts(classes_T: torch.Tensor | None, rows: slice) -> tuple[int, int, int] | None:
+    if classes_T is None:
+        return None
+    salient, sub_salient, irrelevant = torch.bincount(
+        classes_T[rows], minlength=len(TokenClass)
+    ).tolist()
+    return salient, sub_salient, irrelevant

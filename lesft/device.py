@@ -1,0 +1,18 @@
+"""Which torch device to compute on."""
+
+import torch
+
+from lesft.errors import InvalidInput
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of a setting; `auto` is CUDA when there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidInput(f"--device must be auto or a torch device, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidInput(f"--device {name}: torch finds no CUDA device here; use --device cpu")
+    return device

@@ -1,0 +1,137 @@
+"""Cutting a decoder in two: the front is the base model's first layers, the back the causal LM's
+rest.
+
+Each part runs the library's own forward, which does masks, rotary positions and caches; there is no
+layer loop of ours. In float32 front and back together equal the whole model bit for bit.
+Shape letters: B sequences, L tokens each, N tokens, D width, V vocabulary.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from lesft.errors import InvalidInput, ModelError
+
+SUPPORTED_FAMILIES = (
+    *("apertus", "arcee", "cohere", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text"),
+    *("glm4", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "seed_oss"),
+    *("smollm3", "stablelm", "starcoder2"),
+)
+"""Values of `model_type` that the parity test covers."""
+
+# Config entries with one item per decoder layer.
+_PER_LAYER = ("layer_types", "no_rope_layers")
+
+
+def check_family(config: PreTrainedConfig) -> None:
+    """Raises ModelError for a family whose parity is not proven."""
+    if config.model_type not in SUPPORTED_FAMILIES:
+        raise ModelError(
+            f"model family {config.model_type!r} is not supported; supported are "
+            f"{', '.join(SUPPORTED_FAMILIES)}"
+        )
+
+
+def check_cut_layer(cut_layer: int, num_layers: int) -> None:
+    """Raises InvalidInput unless both parts get at least one layer."""
+    if not 1 <= cut_layer < num_layers:
+        raise InvalidInput(
+            f"cut_layer must lie between 1 and {num_layers - 1} for this {num_layers}-layer model, "
+            f"got {cut_layer}"
+        )
+
+
+def default_cut_layer(num_layers: int) -> int:
+    """A quarter of the layers (METHOD section 1)."""
+    return max(1, num_layers // 4)
+
+
+def build_front(config: PreTrainedConfig, cut_layer: int) -> PreTrainedModel:
+    """Base model with `layers[:cut_layer]` and no final norm; parameters on the meta device."""
+    base: Any = _base_model(_build_whole(config, cut_layer))
+    base.layers = base.layers[:cut_layer]
+    base.norm = torch.nn.Identity()
+    _slice_config(base.config, 0, cut_layer)
+    return base  # type: ignore[no-any-return]
+
+
+def build_back(config: PreTrainedConfig, cut_layer: int) -> PreTrainedModel:
+    """Causal LM with `layers[cut_layer:]` and no embedding; parameters on the meta device."""
+    model = _build_whole(config, cut_layer)
+    base: Any = _base_model(model)
+    base.layers = base.layers[cut_layer:]
+    base.embed_tokens = None
+    if hasattr(base, "embedding_multiplier"):
+        base.embedding_multiplier = 1.0  # granite scales whatever it is fed; the front did already
+    _slice_config(model.config, cut_layer, len(base.layers) + cut_layer)
+    for index, layer in enumerate(base.layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index  # the place of this layer's keys and values in a cache
+    return model
+
+
+def _build_whole(config: PreTrainedConfig, cut_layer: int) -> PreTrainedModel:
+    check_family(config)
+    check_cut_layer(cut_layer, config.num_hidden_layers)
+    # Buffers are real: rotary frequencies are in no checkpoint and must be computed.
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            copy.deepcopy(config)
+        )
+    return model
+
+
+def _slice_config(config: PreTrainedConfig, start: int, stop: int) -> None:
+    config.num_hidden_layers = stop - start
+    for name in _PER_LAYER:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, list(getattr(config, name))[start:stop])
+
+
+def _base_model(model: PreTrainedModel) -> torch.nn.Module:
+    base = getattr(model, model.base_model_prefix)
+    assert isinstance(base, torch.nn.Module)
+    return base
+
+
+def front_forward(
+    front: PreTrainedModel, ids_BL: torch.Tensor, mask_BL: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Cut-layer activations `[B, L, D]`; `mask_BL` is 1 where right-padded rows hold tokens."""
+    output = front(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False)
+    hidden_BLD: torch.Tensor = output.last_hidden_state
+    return hidden_BLD
+
+
+def back_hidden(
+    back: PreTrainedModel, activations_BLD: torch.Tensor, mask_BL: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Hidden states `[B, L, D]` after the final norm, from cut-layer activations."""
+    output = _base_model(back)(
+        inputs_embeds=activations_BLD, attention_mask=mask_BL, use_cache=False
+    )
+    hidden_BLD: torch.Tensor = output.last_hidden_state
+    return hidden_BLD
+
+
+def head_logits(back: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor:
+    """Logits `[N, V]` of hidden states that have passed the final norm.
+
+    Runs the causal LM's own forward around them, with its scaling and capping of logits.
+    """
+    head = copy.copy(back)
+    head._modules = {**back._modules, back.base_model_prefix: _Passed()}
+    logits_NV: torch.Tensor = head(inputs_embeds=hidden_ND.unsqueeze(0), use_cache=False).logits
+    return logits_NV.squeeze(0)
+
+
+class _Passed(torch.nn.Module):
+    """Stands in for a base model whose work is done."""
+
+    def forward(self, inputs_embeds: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)

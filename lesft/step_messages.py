@@ -1,0 +1,220 @@
+"""Micro-batches, held-out samples and results to and from their messages and bundles.
+
+What comes in is hostile until checked: lengths before a byte of the bundle is accepted, then names,
+dtypes, shapes, finiteness and the range of the label ids.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lesft.bundle import bundle_info
+from lesft.errors import BundleError, InvalidInput, TooLarge
+from lesft.micro_batch import MicroBatch, Path, StepKey, StepResult, Targets
+from lesft.spec import Encoding, RunSpec
+from lesft.tensors import HEADER_BYTES, TensorSpec, decode_tensors, encode_tensors, encoded_dtypes
+from lesft.v1 import training_pb2
+
+_ID_BYTES = 4
+_MAX_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run and its model allow in a message."""
+
+    spec: RunSpec
+    hidden_size: int
+    vocab_size: int
+
+    def bundle_bytes(self, header: "training_pb2.MicroBatch | training_pb2.HeldOut") -> int:
+        """The most bytes that the bundle of a checked header may have."""
+        tokens = sum(header.base_lengths) + sum(getattr(header, "reference_lengths", ()))
+        activations = tokens * self.hidden_size * _MAX_FLOAT_BYTES
+        return activations + sum(header.target_lengths) * _ID_BYTES + HEADER_BYTES
+
+    def result_bytes(self, batch: MicroBatch) -> int:
+        """The most bytes that the gradients of a micro-batch may have."""
+        tokens = sum(batch.base.lengths) + sum(batch.reference.lengths if batch.reference else ())
+        return tokens * self.hidden_size * _MAX_FLOAT_BYTES + HEADER_BYTES
+
+
+# ---------------------------------------------------------------------- micro-batch, client side
+
+
+def micro_batch_to_message(
+    batch: MicroBatch, encoding: Encoding
+) -> tuple[training_pb2.MicroBatch, bytes]:
+    """The header and the bundle of a micro-batch."""
+    tensors = _sample_tensors(batch.base, batch.targets)
+    if batch.reference is not None:
+        tensors["reference"] = batch.reference.activations_ND
+    data = encode_tensors(tensors, encoding)
+    return training_pb2.MicroBatch(
+        round=batch.key.round,
+        micro=batch.key.micro,
+        base_lengths=batch.base.lengths,
+        reference_lengths=batch.reference.lengths if batch.reference else (),
+        target_lengths=batch.targets.lengths,
+        bundle=bundle_info(data),
+    ), data
+
+
+def held_out_to_message(
+    index: int, base: Path, targets: Targets, encoding: Encoding
+) -> tuple[training_pb2.HeldOut, bytes]:
+    """The header and the bundle of held-out samples."""
+    data = encode_tensors(_sample_tensors(base, targets), encoding)
+    return training_pb2.HeldOut(
+        index=index,
+        base_lengths=base.lengths,
+        target_lengths=targets.lengths,
+        bundle=bundle_info(data),
+    ), data
+
+
+def _sample_tensors(base: Path, targets: Targets) -> dict[str, torch.Tensor]:
+    return {"base": base.activations_ND, "targets": targets.ids_T.to(torch.int32)}
+
+
+# ---------------------------------------------------------------------- micro-batch, server side
+
+
+def check_lengths(header: "training_pb2.MicroBatch | training_pb2.HeldOut", limits: Limits) -> None:
+    """Check a header's lengths. Raises InvalidInput or TooLarge."""
+    spec = limits.spec
+    samples = len(header.target_lengths)
+    if not 1 <= samples <= spec.batch_size:
+        raise InvalidInput(
+            f"target_lengths must have 1 to {spec.batch_size} entries (batch_size), got {samples}"
+        )
+    _check_path("base_lengths", header.base_lengths, header.target_lengths, spec.max_length)
+    if isinstance(header, training_pb2.HeldOut):
+        return
+    if spec.loss.needs_reference:
+        _check_path(
+            "reference_lengths", header.reference_lengths, header.target_lengths, spec.max_length
+        )
+    elif header.reference_lengths:
+        raise InvalidInput(
+            "reference_lengths must be empty: this run's loss needs no reference path"
+        )
+
+
+def _check_path(
+    name: str, lengths: Sequence[int], target_lengths: Sequence[int], max_length: int
+) -> None:
+    if len(lengths) != len(target_lengths):
+        raise InvalidInput(
+            f"{name} must have one entry per sample ({len(target_lengths)}), got {len(lengths)}"
+        )
+    for length, target in zip(lengths, target_lengths, strict=True):
+        if length > max_length:
+            raise TooLarge(
+                f"{name}: a sequence of {length} tokens, but the run's max_length is {max_length}: "
+                "skip the sample or raise --max-length on the server"
+            )
+        if not 1 <= target < length:
+            raise InvalidInput(
+                f"target_lengths: a target must have 1 to {length - 1} of its sequence's {length} "
+                f"tokens, got {target}"
+            )
+
+
+def micro_batch_from_message(
+    header: training_pb2.MicroBatch, data: bytes, limits: Limits
+) -> MicroBatch:
+    """The micro-batch of a checked header and its bundle.
+
+    Raises BundleError for a wrong name, dtype, shape or value, InvalidInput for a label id that is
+    not in the vocabulary.
+    """
+    paths = {"base": tuple(header.base_lengths)}
+    if header.reference_lengths:
+        paths["reference"] = tuple(header.reference_lengths)
+    tensors = _decode_samples(paths, tuple(header.target_lengths), data, limits)
+    return MicroBatch(
+        key=StepKey(header.round, header.micro),
+        base=Path(tensors["base"], paths["base"]),
+        reference=Path(tensors["reference"], paths["reference"]) if len(paths) > 1 else None,
+        targets=Targets(tensors["targets"], tuple(header.target_lengths)),
+    )
+
+
+def held_out_from_message(
+    header: training_pb2.HeldOut, data: bytes, limits: Limits
+) -> tuple[Path, Targets]:
+    """The held-out samples of a checked header and its bundle; raises as for micro-batches."""
+    base_lengths, target_lengths = tuple(header.base_lengths), tuple(header.target_lengths)
+    tensors = _decode_samples({"base": base_lengths}, target_lengths, data, limits)
+    return Path(tensors["base"], base_lengths), Targets(tensors["targets"], target_lengths)
+
+
+def _decode_samples(
+    paths: dict[str, tuple[int, ...]], target_lengths: tuple[int, ...], data: bytes, limits: Limits
+) -> dict[str, torch.Tensor]:
+    floats = encoded_dtypes(limits.spec.activation_encoding)
+    expected = {
+        name: TensorSpec((sum(lengths), limits.hidden_size), floats)
+        for name, lengths in paths.items()
+    }
+    expected["targets"] = TensorSpec((sum(target_lengths),), (torch.int32,))
+    tensors = decode_tensors(data, expected)
+    ids_T = tensors["targets"].long()
+    outside = ids_T[(ids_T < 0) | (ids_T >= limits.vocab_size)]
+    if len(outside):
+        raise InvalidInput(
+            f"label ids must lie between 0 and {limits.vocab_size - 1} (the model's vocabulary), "
+            f"got {int(outside[0])}: client and server must use the same model's tokenizer"
+        )
+    tensors["targets"] = ids_T
+    return tensors
+
+
+# ---------------------------------------------------------------------- results
+
+
+def result_to_message(
+    result: StepResult, encoding: Encoding
+) -> tuple[training_pb2.StepResult, bytes]:
+    """The header and the bundle of a result."""
+    tensors = {"base": result.base_gradient_ND}
+    if result.reference_gradient_ND is not None:
+        tensors["reference"] = result.reference_gradient_ND
+    data = encode_tensors(tensors, encoding)
+    return training_pb2.StepResult(
+        round=result.key.round,
+        micro=result.key.micro,
+        loss=result.loss,
+        nll=result.nll,
+        class_counts=result.class_counts or (),
+        bundle=bundle_info(data),
+    ), data
+
+
+def result_from_message(
+    header: training_pb2.StepResult, data: bytes, batch: MicroBatch, limits: Limits
+) -> StepResult:
+    """The result for `batch`. Raises BundleError when it is another one's or malformed."""
+    key = StepKey(header.round, header.micro)
+    if key != batch.key:
+        raise BundleError(f"result of {batch.key} expected, got that of {key}")
+    paths = {"base": batch.base}
+    if batch.reference is not None and limits.spec.loss.trains_reference:
+        paths["reference"] = batch.reference
+    dtypes = encoded_dtypes(limits.spec.gradient_encoding)
+    expected = {
+        name: TensorSpec((sum(path.lengths), limits.hidden_size), dtypes)
+        for name, path in paths.items()
+    }
+    tensors = decode_tensors(data, expected)
+    counts = tuple(header.class_counts)
+    return StepResult(
+        key=key,
+        base_gradient_ND=tensors["base"],
+        reference_gradient_ND=tensors.get("reference"),
+        loss=header.loss,
+        nll=header.nll,
+        class_counts=(counts[0], counts[1], counts[2]) if len(counts) == 3 else None,
+    )

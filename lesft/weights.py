@@ -1,0 +1,228 @@
+"""A model folder's weights, read tensor by tensor: partial loading, fingerprint and hand-out.
+
+Tensor names are those of the whole model, such as `model.layers.7.mlp.gate_proj.weight`.
+"""
+
+import hashlib
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from lesft.errors import ModelError
+from lesft.split import build_back, build_front, check_cut_layer, check_family
+
+# What may differ between two copies of one model without any effect on its numbers.
+_VOLATILE_CONFIG = {
+    *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"),
+    *("use_cache", "_attn_implementation", "quantization_config"),
+}
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+
+
+class Checkpoint:
+    """A folder in Hugging Face layout: config.json and one or more safetensors files.
+
+    Files stay memory-mapped; nothing is read before it is asked for.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ModelError when the folder cannot be used or its family is not supported."""
+        self.folder = folder
+        config_file = folder / "config.json"
+        if not config_file.is_file():
+            raise ModelError(
+                f"{folder} has no config.json: give a folder in Hugging Face layout or a hub id"
+            )
+        self.config_json = config_file.read_text()
+        self.config = parse_config(self.config_json)
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ModelError(
+                f"{folder} has no *.safetensors file: save the model with save_pretrained first"
+            )
+        self._files: dict[str, Any] = {}
+        for file in files:
+            try:
+                handle: Any = safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise ModelError(f"{file} is no whole safetensors file: {error}") from None
+            self._files.update(dict.fromkeys(handle.keys(), handle))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def dtype_and_shape(self, name: str) -> tuple[str, list[int]]:
+        """A tensor's safetensors dtype (such as "BF16") and shape, without reading it."""
+        view = self._file(name).get_slice(name)
+        return view.get_dtype(), list(view.get_shape())
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor on the CPU as it is stored. Raises ModelError when there is none."""
+        tensor: torch.Tensor = self._file(name).get_tensor(name)
+        return tensor
+
+    def front_names(self, cut_layer: int) -> list[str]:
+        """The tensors of the front: token embedding and layers up to the cut, sorted."""
+        check_cut_layer(cut_layer, self.config.num_hidden_layers)
+        layers = [f"model.layers.{index}." for index in range(cut_layer)]
+        names = [name for name in self._files if name.startswith(tuple(layers))]
+        return sorted([_EMBEDDING, *names])
+
+    def _file(self, name: str) -> Any:
+        if name not in self._files:
+            raise ModelError(f"{self.folder} lacks the tensor {name!r}: is the download complete?")
+        return self._files[name]
+
+
+def parse_config(config_json: str) -> PreTrainedConfig:
+    """The config of a config.json. Raises ModelError when it is none or not supported."""
+    try:
+        values = json.loads(config_json)
+        model_type = values.pop("model_type")
+        values.pop("auto_map", None)
+        config = AutoConfig.for_model(model_type, **values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"config.json cannot be used: {error}") from None
+    check_family(config)
+    return config
+
+
+# ---------------------------------------------------------------------- loading
+
+
+def load_front(
+    checkpoint: Checkpoint, cut_layer: int, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The front with frozen weights in eval mode; reads only its own tensors."""
+    front = build_front(checkpoint.config, cut_layer)
+    names = {name: f"model.{name}" for name in front.state_dict()}
+    return _load(front, checkpoint, names, dtype, device)
+
+
+def load_back(
+    checkpoint: Checkpoint, cut_layer: int, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The back with frozen weights in eval mode; reads only its own tensors.
+
+    A tied LM head takes the embedding's table.
+    """
+    back = build_back(checkpoint.config, cut_layer)
+    names = {name: _whole_name(name, cut_layer) for name in back.state_dict()}
+    if checkpoint.config.tie_word_embeddings or _HEAD not in checkpoint:
+        names[_HEAD] = _EMBEDDING
+    return _load(back, checkpoint, names, dtype, device)
+
+
+def _whole_name(name: str, offset: int) -> str:
+    """A back's tensor name with its layer's number in the whole model."""
+    return re.sub(
+        r"(?<=\blayers\.)\d+", lambda match: str(int(match.group()) + offset), name, count=1
+    )
+
+
+def _load(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    names: dict[str, str],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    empty = model.state_dict()
+    state = {}
+    for name, whole_name in names.items():
+        tensor = checkpoint.read(whole_name)
+        if tensor.shape != empty[name].shape:
+            raise ModelError(
+                f"{checkpoint.folder}: tensor {whole_name!r} must have shape "
+                f"{list(empty[name].shape)} by its config.json, got {list(tensor.shape)}"
+            )
+        state[name] = tensor.to(device, dtype)
+    model.load_state_dict(state, assign=True)
+    model.requires_grad_(False)
+    model.train(False)
+    module: torch.nn.Module = model
+    module.to(device)  # the buffers
+    return model
+
+
+# ---------------------------------------------------------------------- fingerprint and hand-out
+
+
+def front_fingerprint(checkpoint: Checkpoint, cut_layer: int) -> str:
+    """`sha256:` and 64 hex digits over the config and the front's tensors as they are stored.
+
+    The same for a whole checkpoint, sharded or not, and for a folder with just the front.
+    """
+    values = json.loads(checkpoint.config_json)
+    config = {key: value for key, value in values.items() if key not in _VOLATILE_CONFIG}
+    tensors = [
+        [name, *checkpoint.dtype_and_shape(name), _sha256(checkpoint.read(name))]
+        for name in checkpoint.front_names(cut_layer)
+    ]
+    text = json.dumps({"config": config, "tensors": tensors}, sort_keys=True)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(_bytes_of(tensor)).hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+class FrontFile:
+    """The front as one safetensors file that is never written: made from the checkpoint as read."""
+
+    def __init__(self, checkpoint: Checkpoint, cut_layer: int) -> None:
+        self._checkpoint = checkpoint
+        self._names = checkpoint.front_names(cut_layer)
+        self._current: tuple[str, memoryview] = ("", memoryview(b""))
+
+    @cached_property
+    def _header(self) -> bytes:
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        for name, (start, stop) in self._offsets.items():
+            dtype, shape = self._checkpoint.dtype_and_shape(name)
+            entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    @cached_property
+    def _offsets(self) -> dict[str, tuple[int, int]]:
+        offsets, start = {}, 0
+        for name in self._names:
+            stop = start + self._checkpoint.read(name).nbytes
+            offsets[name] = (start, stop)
+            start = stop
+        return offsets
+
+    @cached_property
+    def size(self) -> int:
+        """Length in bytes."""
+        return len(self._header) + max(stop for _, stop in self._offsets.values())
+
+    def read(self, offset: int, max_bytes: int) -> bytes:
+        """At most `max_bytes` from `offset` on; empty at the end only."""
+        if offset < len(self._header):
+            return self._header[offset : offset + max_bytes]
+        position = offset - len(self._header)
+        for name, (start, stop) in self._offsets.items():
+            if start <= position < stop:
+                data = self._tensor_bytes(name)
+                return bytes(data[position - start : position - start + max_bytes])
+        return b""
+
+    def _tensor_bytes(self, name: str) -> memoryview:
+        current = self._current
+        if current[0] != name:
+            current = self._current = (name, _bytes_of(self._checkpoint.read(name)))
+        return current[1]

@@ -1,0 +1,49 @@
+"""How the training loop talks to the back of the model: over gRPC, or in this process."""
+
+from collections import deque
+from typing import Protocol
+
+from lesft.back import Back
+from lesft.cohort_batch import Part
+from lesft.micro_batch import MicroBatch, Path, StepResult, Targets
+
+
+class BackLink(Protocol):
+    """The back as the training loop sees it; see `lesft_client.stream.ServerStream` for gRPC."""
+
+    def send(self, batch: MicroBatch) -> None:
+        """Hand in a micro-batch; does not wait for its result."""
+
+    def receive(self) -> StepResult:
+        """The result of the oldest micro-batch that has none yet; waits for it."""
+
+    def score(self, base: Path, targets: Targets) -> list[float]:
+        """Each held-out sample's sum of -log P over its target tokens, in nats."""
+
+    def leave(self, reason: str) -> None:
+        """End the session: `reason` is empty after the last round."""
+
+
+class LocalBack:
+    """The back in this process, for a client that holds the whole model."""
+
+    def __init__(self, back: Back, client_id: str) -> None:
+        self._back = back
+        self._client_id = client_id
+        self._results: deque[StepResult] = deque()
+
+    def send(self, batch: MicroBatch) -> None:
+        """Run the step at once."""
+        part = Part(self._client_id, batch, share=1.0)
+        self._results.extend(self._back.train_step(batch.key, [part]))
+
+    def receive(self) -> StepResult:
+        """The oldest result that was not taken yet."""
+        return self._results.popleft()
+
+    def score(self, base: Path, targets: Targets) -> list[float]:
+        """See `BackLink`."""
+        return self._back.score(base, targets)
+
+    def leave(self, reason: str) -> None:
+        """Nothing to end."""

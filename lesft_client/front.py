@@ -1,0 +1,121 @@
+"""The front of the model and its half of the training step: METHOD section 3, steps 1 and 7.
+
+Pure torch; nothing of the network. Shape letters: B samples, L tokens of the longest sample,
+N tokens of the whole micro-batch, T its target tokens, D width.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from lesft.adapters import load_lora_state, lora_parameters, lora_state
+from lesft.back import Precision
+from lesft.micro_batch import MicroBatch, Path, StepKey, StepResult, Targets, pad, unpad
+from lesft.optimizer import Optimizer
+from lesft.seeds import derive_seed
+from lesft.spec import RunSpec
+from lesft.split import front_forward
+from lesft_client.data import EncodedSample
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """A micro-batch on its way: what is sent, and the graphs that wait for its gradient."""
+
+    micro_batch: MicroBatch
+    base_ND: torch.Tensor
+    reference_ND: torch.Tensor | None
+
+
+class Front:
+    """Token embedding and decoder layers up to the cut, with their adapters and optimizer."""
+
+    def __init__(
+        self, model: PreTrainedModel, spec: RunSpec, client_id: str, precision: Precision = "fp32"
+    ) -> None:
+        """`model` is frozen but for its adapters."""
+        self.model = model
+        self.spec = spec
+        self._client_id = client_id
+        self._precision = precision
+        self._optimizer = Optimizer(lora_parameters(model), spec.optimizer, spec.rounds)
+
+    # ------------------------------------------------------------------ the training step
+
+    def forward(self, key: StepKey, samples: Sequence[EncodedSample]) -> ForwardPass:
+        """Step 1: S = φ(x ∥ y) and S~ = φ(x~ ∥ y); what step 2 uploads is in `micro_batch`."""
+        loss = self.spec.loss
+        torch.manual_seed(
+            derive_seed(self.spec.seed, "client", self._client_id, key.round, key.micro)
+        )
+        base = self._activations([s.base_ids + s.target_ids for s in samples], dropout=True)
+        reference = None
+        if loss.needs_reference:
+            # A yardstick, not a training signal: without dropout, and unless asked for without
+            # gradient.
+            with torch.set_grad_enabled(loss.trains_reference):
+                reference = self._activations([s.reference_ids + s.target_ids for s in samples])
+        batch = MicroBatch(
+            key, _detached(base), reference and _detached(reference), _targets(samples)
+        )
+        return ForwardPass(
+            batch,
+            base.activations_ND,
+            reference.activations_ND if reference and loss.trains_reference else None,
+        )
+
+    def backward(self, sent: ForwardPass, result: StepResult) -> None:
+        """Step 7: go on with the backward pass from the cut, into the adapters' gradients."""
+        outputs, gradients = [sent.base_ND], [result.base_gradient_ND]
+        if sent.reference_ND is not None and result.reference_gradient_ND is not None:
+            outputs.append(sent.reference_ND)
+            gradients.append(result.reference_gradient_ND)
+        torch.autograd.backward(
+            outputs, [g.to(o.device, o.dtype) for g, o in zip(gradients, outputs, strict=True)]
+        )
+
+    def step(self) -> float:
+        """Step 7, at the window's end: AdamW steps Θ_i. Returns the gradient's norm."""
+        return self._optimizer.step()
+
+    # ------------------------------------------------------------------ its pieces
+
+    def _activations(self, sequences: Sequence[Sequence[int]], dropout: bool = False) -> Path:
+        """Cut-layer activations of token id sequences, without padding."""
+        self.model.train(dropout)
+        lengths = tuple(len(ids) for ids in sequences)
+        flat_N = torch.tensor([i for ids in sequences for i in ids], device=self.model.device)
+        ids_BL, mask_BL = pad(flat_N, lengths)
+        with self._autocast():
+            return Path(unpad(front_forward(self.model, ids_BL, mask_BL), lengths), lengths)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        enabled = self._precision == "bf16"
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=enabled)
+
+    # ------------------------------------------------------------------ beside training
+
+    @torch.no_grad()
+    def held_out(self, samples: Sequence[EncodedSample]) -> tuple[Path, Targets]:
+        """What the back needs to score held-out samples: base path only, no dropout."""
+        return self._activations([s.base_ids + s.target_ids for s in samples]), _targets(samples)
+
+    def adapter(self) -> dict[str, torch.Tensor]:
+        """Θ_i: float32 tensors on the CPU under whole-model names."""
+        return lora_state(self.model, 0)
+
+    def load_adapter(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from Θ̄ (step 10). Raises for a state that is not this front's."""
+        load_lora_state(self.model, 0, state)
+
+
+def _detached(path: Path) -> Path:
+    return Path(path.activations_ND.detach(), path.lengths)
+
+
+def _targets(samples: Sequence[EncodedSample]) -> Targets:
+    ids_T = torch.tensor([i for sample in samples for i in sample.target_ids])
+    return Targets(ids_T, tuple(len(sample.target_ids) for sample in samples))

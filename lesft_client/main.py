@@ -1,0 +1,81 @@
+"""The command `lesft-client`."""
+
+import logging
+import signal
+import sys
+from types import FrameType
+
+from lesft.errors import LesftError, RunStopped
+
+USAGE = """\
+usage: lesft-client COMMAND [OPTIONS]
+
+The edge client of LESFT: it keeps the text and runs the first layers of the model.
+
+commands:
+  train   fine-tune together with other clients
+  data    write the samples of a data source as JSONL, to look at them
+
+lesft-client COMMAND --help lists the command's options.
+"""
+
+EXIT_STOPPED_BY_OTHERS = 3
+"""The run ended early because of another party; tells a cause from its consequences."""
+
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    arguments = sys.argv[1:] if argv is None else argv
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    commands = {"train": _train, "data": _data}
+    if command not in commands:
+        print(f"lesft-client: unknown command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
+        raise SystemExit(2)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        commands[command](rest)
+    except RunStopped as error:
+        _fail(error, EXIT_STOPPED_BY_OTHERS)
+    except LesftError as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        print("lesft-client: stopped", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def _fail(error: LesftError, status: int) -> None:
+    print(f"lesft-client: {error}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+# The commands' own imports wait until their options are parsed: --help must not load torch.
+
+
+def _train(argv: list[str]) -> None:
+    from lesft.settings import load_settings
+    from lesft_client.settings import TrainSettings
+
+    settings = load_settings(TrainSettings, "lesft-client train", argv)
+    from lesft_client.train import TrainCommand
+
+    TrainCommand(settings).run()
+
+
+def _data(argv: list[str]) -> None:
+    from lesft.settings import load_settings
+    from lesft_client.settings import ExportDataSettings
+
+    settings = load_settings(ExportDataSettings, "lesft-client data", argv)
+    from lesft_client.export_data import export_data
+
+    export_data(settings)

@@ -1,0 +1,73 @@
+"""What the client shows while it works: one bar on a terminal, a line per round elsewhere."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from lesft_client.status import Status
+
+
+class ProgressDisplay:
+    """Shows phases and rounds of one status."""
+
+    def __init__(self, status: Status, bar: bool) -> None:
+        self._status = status
+        self._bar = bar
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    @contextmanager
+    def phase(self, name: str, total: int) -> Iterator[None]:
+        """Show a phase of `total` steps while the block runs; `advance` counts them."""
+        self._status.phase = name
+        if not self._bar:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            yield
+            return
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console) as self._progress:
+            self._task = self._progress.add_task(name, total=total, figures="")
+            yield
+
+    def advance(self, done: int | None = None) -> None:
+        """Count one step of the phase, or say how many are done."""
+        if self._progress is not None and self._task is not None:
+            if done is None:
+                self._progress.advance(self._task)
+            else:
+                self._progress.update(self._task, completed=done)
+
+    def round_done(self) -> None:
+        """Show the figures of the round that just ended."""
+        body = self._status.body()
+        figures = (
+            f"loss {body.loss:.4f}  {body.tokens_per_second:.0f} tokens/s  "
+            f"up {decimal(body.bytes_up)}  down {decimal(body.bytes_down)}"
+        )
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, advance=1, figures=figures)
+            return
+        left = f"{body.seconds_left:.0f} s left" if body.seconds_left is not None else ""
+        print(f"round {body.round}/{body.rounds}  {figures}  {left}", file=sys.stderr, flush=True)
+
+    def say(self, message: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        print(message, file=sys.stderr, flush=True)

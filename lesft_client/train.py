@@ -1,0 +1,246 @@
+"""`lesft-client train`: from settings to a finished run, one paragraph per stage."""
+
+import hashlib
+import json
+import socket
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+import grpc
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lesft.adapters import attach_lora
+from lesft.channel import open_channel
+from lesft.control import ControlServer, write_endpoints
+from lesft.device import choose_device
+from lesft.errors import LesftError, ModelError
+from lesft.files import write_atomically
+from lesft.interceptors import remote_errors
+from lesft.spec import PROTOCOL_VERSION, RunSpec
+from lesft.spec_messages import encoding_to_message, lora_to_message, spec_from_message
+from lesft.step_messages import Limits
+from lesft.tensors import encode_tensors
+from lesft.v1 import model_pb2, model_pb2_grpc, training_pb2
+from lesft.weights import front_fingerprint, load_front
+from lesft_client.aggregation import Aggregator
+from lesft_client.control_api import make_app
+from lesft_client.data import EncodedSample, client_share, encode_samples, load_samples
+from lesft_client.front import Front
+from lesft_client.front_weights import fetched_checkpoint, local_checkpoint
+from lesft_client.patience import patiently
+from lesft_client.progress import ProgressDisplay
+from lesft_client.settings import TrainSettings
+from lesft_client.status import Status
+from lesft_client.stream import ServerStream
+from lesft_client.trainer import HeldOut, Trainer
+from lesft_client.wire import WireCounter
+
+RESULT_FILE = "result.json"
+ADAPTER_FILE = "adapter.safetensors"
+
+
+class TrainCommand:
+    """One client of one run, from its first call to its result."""
+
+    def __init__(self, settings: TrainSettings) -> None:
+        self._settings = settings
+        self._wire = WireCounter()
+        self._status = Status(settings.client_id or socket.gethostname(), self._wire)
+        bar = settings.progress == "bar" or (settings.progress == "auto" and sys.stderr.isatty())
+        self._display = ProgressDisplay(self._status, bar)
+        self._server = f"server {settings.server}"
+        self._seconds: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Train to the end of the run. Raises LesftError for whatever ends it early."""
+        settings = self._settings
+        settings.state.mkdir(parents=True, exist_ok=True)
+        control = ControlServer(make_app(self._status), settings.insecure)
+        address = control.start_in_thread(settings.control)
+        write_endpoints(settings.state, {"control": address})
+        try:
+            with (
+                open_channel(settings.server, settings.insecure) as server,
+                open_channel(settings.aggregator, settings.insecure) as aggregator,
+            ):
+                self._run(server, aggregator)
+        finally:
+            control.stop_thread()
+
+    def _run(self, server: grpc.Channel, aggregator: grpc.Channel) -> None:
+        settings, start = self._settings, time.monotonic()
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        models = model_pb2_grpc.ModelServiceStub(server)
+        description = self._describe_run(models)
+        spec = spec_from_message(description.spec)
+        self._status.run_id, self._status.rounds = spec.run_id, spec.rounds
+
+        training, held_out = self._samples(spec)
+        front, fingerprint = self._front(models, description, spec)
+        averaging = Aggregator(
+            aggregator,
+            f"aggregator {settings.aggregator}",
+            self._status.client_id,
+            spec.run_id,
+            len(training),
+            settings.patience_seconds,
+            self._wire,
+        )
+        self._status.adapter_version = averaging.join()
+        stream = ServerStream(
+            server,
+            self._opening(spec, fingerprint, len(training)),
+            Limits(spec, front.model.config.hidden_size, front.model.config.vocab_size),
+            self._server,
+            self._wire,
+        )
+        self._seconds["preparing"] = time.monotonic() - start
+        try:
+            trainer = Trainer(front, stream, averaging, training, self._status, settings.in_flight)
+            before = self._score(trainer, held_out, "held_out_before")
+            with self._display.phase("training", spec.rounds):
+                trainer.train(self._display.round_done)
+            self._seconds["training"] = self._status.training_seconds()
+            after = self._score(trainer, held_out, "held_out_after")
+        except KeyboardInterrupt:
+            stream.leave("stopped by its user")
+            raise
+        except LesftError as error:
+            stream.leave(str(error))
+            raise
+        stream.leave("")
+        self._finish(trainer, front, before, after)
+
+    # ------------------------------------------------------------------ before training
+
+    def _describe_run(
+        self, models: model_pb2_grpc.ModelServiceStub
+    ) -> model_pb2.DescribeRunResponse:
+        request = model_pb2.DescribeRunRequest(protocol_version=PROTOCOL_VERSION)
+
+        def call() -> model_pb2.DescribeRunResponse:
+            with remote_errors(self._server):
+                return models.DescribeRun(request)
+
+        description = patiently(call, self._settings.patience_seconds)
+        self._wire.add("up", "other", request.ByteSize())
+        self._wire.add("down", "other", description.ByteSize())
+        return description
+
+    def _samples(self, spec: RunSpec) -> tuple[list[EncodedSample], list[EncodedSample]]:
+        """This client's training and held-out samples, encoded."""
+        settings = self._settings
+        tokenizer = _load_tokenizer(settings.model)
+        index, of = map(int, settings.share.split("/"))
+        max_length = min(settings.max_length or spec.max_length, spec.max_length)
+
+        def share(split: str, wanted: int) -> list[EncodedSample]:
+            samples = load_samples(
+                settings.data, split, (wanted or None) and wanted * of, settings.data_seed
+            )
+            mine = client_share(samples, index - 1, of, wanted, settings.data_seed)
+            encoded, skipped = encode_samples(mine, tokenizer, max_length)
+            self._status.skipped_samples += skipped
+            if skipped:
+                self._display.say(
+                    f"{skipped} of {len(mine)} {split} samples are longer than {max_length} tokens "
+                    "and were skipped (--max-length)"
+                )
+            return encoded
+
+        training = share("train", settings.samples)
+        self._status.num_samples = len(training)
+        return training, share("test", settings.held_out) if settings.held_out else []
+
+    def _front(
+        self,
+        models: model_pb2_grpc.ModelServiceStub,
+        description: model_pb2.DescribeRunResponse,
+        spec: RunSpec,
+    ) -> tuple[Front, str]:
+        """The front with fresh adapters, and the fingerprint of what was really loaded."""
+        settings = self._settings
+        checkpoint = local_checkpoint(settings.model, settings.weights)
+        if checkpoint is None:
+            megabytes = description.front_bytes // 1_000_000
+            with self._display.phase(f"fetching the front ({megabytes} MB)", megabytes):
+                checkpoint = fetched_checkpoint(
+                    models,
+                    description,
+                    settings.cache,
+                    self._server,
+                    settings.patience_seconds,
+                    self._wire,
+                    lambda done, total: self._display.advance(done // 1_000_000),
+                )
+        cut_layer = settings.cut_layer or spec.cut_layer
+        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        model = load_front(checkpoint, cut_layer, dtype, choose_device(settings.device))
+        attach_lora(model, settings.lora or spec.lora, spec.seed, 0)
+        front = Front(model, spec, self._status.client_id, settings.precision)
+        return front, front_fingerprint(checkpoint, cut_layer)
+
+    def _opening(
+        self, spec: RunSpec, fingerprint: str, num_samples: int
+    ) -> training_pb2.OpenSession:
+        """What this client is and has built, for the server to compare with its run."""
+        settings = self._settings
+        return training_pb2.OpenSession(
+            protocol_version=PROTOCOL_VERSION,
+            client_id=self._status.client_id,
+            run_id=spec.run_id,
+            front_fingerprint=fingerprint,
+            cut_layer=settings.cut_layer or spec.cut_layer,
+            lora=lora_to_message(settings.lora or spec.lora),
+            activation_encoding=encoding_to_message(
+                settings.activation_encoding or spec.activation_encoding
+            ),
+            gradient_encoding=encoding_to_message(
+                settings.gradient_encoding or spec.gradient_encoding
+            ),
+            num_samples=num_samples,
+            rounds_completed=0,
+        )
+
+    # ------------------------------------------------------------------ around training
+
+    def _score(self, trainer: Trainer, held_out: list[EncodedSample], name: str) -> HeldOut:
+        start = time.monotonic()
+        with self._display.phase(f"scoring {len(held_out)} held-out samples", len(held_out)):
+            score = trainer.score(held_out, self._display.advance)
+        self._seconds[name] = time.monotonic() - start
+        if score.tokens:
+            self._display.say(f"held-out -log P per token: {score.nll_sum / score.tokens:.4f}")
+        return score
+
+    def _finish(self, trainer: Trainer, front: Front, before: HeldOut, after: HeldOut) -> None:
+        """Leave the adapter and the figures in the state folder."""
+        state = self._settings.state
+        adapter = encode_tensors(front.adapter(), "raw")
+        write_atomically(state / ADAPTER_FILE, adapter)
+        self._status.phase = "finished"
+        result: dict[str, Any] = {
+            **self._status.body().model_dump(exclude={"phase", "seconds_left", "loss"}),
+            "adapter_sha256": hashlib.sha256(adapter).hexdigest(),
+            "held_out_before": asdict(before),
+            "held_out_after": asdict(after),
+            "wire": self._wire.by_kind(),
+            "seconds": {**self._seconds, **trainer.timer.seconds},
+        }
+        write_atomically(state / RESULT_FILE, json.dumps(result, indent=2).encode())
+        self._display.say(f"finished; adapter and figures are in {state}")
+
+
+def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"--model {model}: no tokenizer can be loaded from there ({first_line}); give a folder "
+            "with tokenizer.json, or a hub id"
+        ) from None

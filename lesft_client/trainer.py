@@ -1,0 +1,155 @@
+"""The client's training loop: METHOD section 3, steps 1, 2 and 7 to 10. No gRPC here."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from lesft.micro_batch import StepKey
+from lesft.spec import RunSpec
+from lesft_client.back import BackLink
+from lesft_client.data import EncodedSample, sample_index
+from lesft_client.front import ForwardPass, Front
+from lesft_client.status import Status
+
+
+class AggregatorLink(Protocol):
+    """The aggregator as the training loop sees it; see `lesft_client.aggregation`."""
+
+    def submit(self, base_version: int, state: Mapping[str, torch.Tensor]) -> None:
+        """Hand in this client's adapter, trained from `base_version`."""
+
+    def fetch(self, version: int, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Wait for a version of the averaged adapter."""
+
+
+@dataclass
+class PhaseTimer:
+    """Seconds by phase of the loop."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the block's time for a phase."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+
+class Trainer:
+    """One client's side of a run, from its first round to its last."""
+
+    def __init__(
+        self,
+        front: Front,
+        back: BackLink,
+        aggregator: AggregatorLink,
+        samples: Sequence[EncodedSample],
+        status: Status,
+        in_flight: int = 0,
+    ) -> None:
+        """`in_flight` bounds the micro-batches sent ahead; 0 takes the whole window."""
+        self._front = front
+        self._back = back
+        self._aggregator = aggregator
+        self._samples = samples
+        self._status = status
+        self._spec: RunSpec = front.spec
+        self._max_in_flight = in_flight or self._spec.accumulation
+        self.timer = PhaseTimer()
+
+    # ------------------------------------------------------------------ the training step
+
+    def train(self, on_round: Callable[[], None] = lambda: None) -> None:
+        """All rounds; `on_round` is called after each."""
+        self._status.training_since = time.monotonic()
+        for round_index in range(self._spec.rounds):
+            losses = self._train_round(round_index)
+            if self._spec.aggregates_after(round_index):
+                self._aggregate()
+            self._status.loss_by_round.append(sum(losses) / len(losses))
+            on_round()
+
+    def _train_round(self, round_index: int) -> list[float]:
+        """One accumulation window and its optimizer step.
+
+        The adapters do not change within the window, so later micro-batches go forward while the
+        gradients of earlier ones are on their way: the same numbers, and the latency is hidden.
+        """
+        in_flight: deque[ForwardPass] = deque()
+        losses: list[float] = []
+        for micro in range(self._spec.accumulation):
+            if len(in_flight) == self._max_in_flight:
+                losses.append(self._finish(in_flight.popleft()))
+            in_flight.append(self._start(StepKey(round_index, micro)))
+        while in_flight:
+            losses.append(self._finish(in_flight.popleft()))
+        with self.timer.phase("optimizer"):
+            self._front.step()
+        return losses
+
+    def _start(self, key: StepKey) -> ForwardPass:
+        """Steps 1 and 2: draw a mini-batch, go forward on both paths, upload."""
+        samples = self._draw(key)
+        with self.timer.phase("front_forward"):
+            forward = self._front.forward(key, samples)
+        self._back.send(forward.micro_batch)
+        return forward
+
+    def _finish(self, forward: ForwardPass) -> float:
+        """Step 7: wait for the gradient and go backward. Returns the micro-batch's loss."""
+        with self.timer.phase("waiting_for_gradient"):
+            result = self._back.receive()
+        with self.timer.phase("front_backward"):
+            self._front.backward(forward, result)
+        batch = forward.micro_batch
+        self._status.tokens += sum(batch.base.lengths)
+        self._status.tokens += sum(batch.reference.lengths) if batch.reference else 0
+        return result.loss
+
+    def _aggregate(self) -> None:
+        """Steps 8 to 10: hand in Θ_i, wait for Θ̄ and go on from it."""
+        version = self._status.adapter_version
+        with self.timer.phase("aggregation"):
+            state = self._front.adapter()
+            self._aggregator.submit(version, state)
+            self._front.load_adapter(self._aggregator.fetch(version + 1, like=state))
+        self._status.adapter_version = version + 1
+
+    # ------------------------------------------------------------------ beside training
+
+    def _draw(self, key: StepKey) -> list[EncodedSample]:
+        """The samples of a micro-batch: a function of seed and key, so that it can be replayed."""
+        first = (key.round * self._spec.accumulation + key.micro) * self._spec.batch_size
+        return [
+            self._samples[
+                sample_index(self._spec.seed, self._status.client_id, position, len(self._samples))
+            ]
+            for position in range(first, first + self._spec.batch_size)
+        ]
+
+    def score(self, samples: Sequence[EncodedSample], on_batch: Callable[[], None]) -> "HeldOut":
+        """Held-out likelihood of the model as it is; trains nothing."""
+        nll_sum, tokens = 0.0, 0
+        size = self._spec.batch_size
+        for start in range(0, len(samples), size):
+            batch = samples[start : start + size]
+            nll_sum += sum(self._back.score(*self._front.held_out(batch)))
+            tokens += sum(len(sample.target_ids) for sample in batch)
+            on_batch()
+        return HeldOut(nll_sum, tokens)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Sum of -log P over the target tokens of the held-out samples, in nats, and their number."""
+
+    nll_sum: float
+    tokens: int

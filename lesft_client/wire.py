@@ -1,0 +1,55 @@
+"""Bytes on the wire by kind and direction, as the messages' serialized sizes."""
+
+import threading
+from typing import Literal, get_args
+
+import torch
+
+from lesft.spec import Encoding
+
+Kind = Literal[
+    "activations_base", "activations_reference", "gradients", "labels", "adapters", "other"
+]
+Direction = Literal["up", "down"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_BF16_BYTES = 2
+
+
+class WireCounter:
+    """Counts what this client sends (up) and receives (down). Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._bytes: dict[Direction, dict[Kind, int]] = {
+            "up": dict.fromkeys(KINDS, 0),
+            "down": dict.fromkeys(KINDS, 0),
+        }
+
+    def add(self, direction: Direction, kind: Kind, num_bytes: int) -> None:
+        """Count bytes of one kind."""
+        with self._lock:
+            self._bytes[direction][kind] += num_bytes
+
+    def add_message(self, direction: Direction, num_bytes: int, parts: dict[Kind, int]) -> None:
+        """Count a message of `num_bytes` of which `parts` are known; the rest is `other`."""
+        with self._lock:
+            counts = self._bytes[direction]
+            for kind, part in parts.items():
+                counts[kind] += part
+            counts["other"] += num_bytes - sum(parts.values())
+
+    def total(self, direction: Direction) -> int:
+        """All bytes in one direction."""
+        with self._lock:
+            return sum(self._bytes[direction].values())
+
+    def by_kind(self) -> dict[str, dict[str, int]]:
+        """A copy of all counts: direction, kind, bytes."""
+        with self._lock:
+            return {way: dict(counts) for way, counts in self._bytes.items()}
+
+
+def encoded_bytes(tensor: torch.Tensor, encoding: Encoding) -> int:
+    """Size of a floating tensor's data in a bundle."""
+    size = _BF16_BYTES if encoding == "bf16" else tensor.element_size()
+    return tensor.numel() * size

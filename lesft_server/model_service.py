@@ -1,0 +1,63 @@
+"""The gRPC model service: tells what the run is and hands out the front's weights."""
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator
+
+from grpc.aio import ServicerContext
+
+from lesft.bundle import CHUNK_BYTES
+from lesft.errors import HandshakeMismatch, InvalidInput
+from lesft.spec import RunSpec
+from lesft.spec_messages import spec_to_message
+from lesft.v1 import model_pb2, model_pb2_grpc
+from lesft.weights import FrontFile
+from lesft_server.handshake import check_protocol_version
+
+SERVICE_NAME = model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
+
+
+class ModelService(model_pb2_grpc.ModelServiceServicer):
+    """Keeper of the base weights."""
+
+    def __init__(self, spec: RunSpec, config_json: str, front_file: FrontFile) -> None:
+        self._spec = spec
+        self._config_json = config_json
+        self._front_file = front_file
+
+    async def DescribeRun(  # type: ignore[override]
+        self,
+        request: model_pb2.DescribeRunRequest,
+        context: ServicerContext[model_pb2.DescribeRunRequest, model_pb2.DescribeRunResponse],
+    ) -> model_pb2.DescribeRunResponse:
+        """See model.proto."""
+        check_protocol_version(request.protocol_version)
+        return model_pb2.DescribeRunResponse(
+            spec=spec_to_message(self._spec),
+            config_json=self._config_json,
+            front_bytes=self._front_file.size,
+        )
+
+    async def FetchFront(  # type: ignore[override]
+        self,
+        request: model_pb2.FetchFrontRequest,
+        context: ServicerContext[model_pb2.FetchFrontRequest, model_pb2.FetchFrontResponse],
+    ) -> AsyncIterator[model_pb2.FetchFrontResponse]:
+        """See model.proto."""
+        if request.front_fingerprint != self._spec.front_fingerprint:
+            raise HandshakeMismatch(
+                f"front_fingerprint: server {self._spec.front_fingerprint}, client "
+                f"{request.front_fingerprint}; ask for the run's description again"
+            )
+        if request.offset_bytes > self._front_file.size:
+            raise InvalidInput(
+                f"offset_bytes must be at most {self._front_file.size} (the file's size), got "
+                f"{request.offset_bytes}: delete the cached file"
+            )
+        offset = request.offset_bytes
+        while offset < self._front_file.size:
+            data = await asyncio.to_thread(self._front_file.read, offset, CHUNK_BYTES)
+            yield model_pb2.FetchFrontResponse(
+                offset_bytes=offset, data=data, crc32=zlib.crc32(data)
+            )
+            offset += len(data)
