@@ -76,6 +76,6 @@ def _data(argv: list[str]) -> None:
     from lesft_client.settings import ExportDataSettings
 
     settings = load_settings(ExportDataSettings, "lesft-client data", argv)
-    from lesft_client.export_data import export_data
+    from lesft_client.data_command import export_data
 
     export_data(settings)

@@ -1,6 +1,5 @@
 """What the client shows while it works: one bar on a terminal, a line per round elsewhere."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,7 +32,7 @@ class ProgressDisplay:
         """Show a phase of `total` steps while the block runs; `advance` counts them."""
         self._status.phase = name
         if not self._bar:
-            print(f"{name} ...", file=sys.stderr, flush=True)
+            self.say(f"{name} ...")
             yield
             return
         columns = (
@@ -66,8 +65,8 @@ class ProgressDisplay:
             self._progress.update(self._task, advance=1, figures=figures)
             return
         left = f"{body.seconds_left:.0f} s left" if body.seconds_left is not None else ""
-        print(f"round {body.round}/{body.rounds}  {figures}  {left}", file=sys.stderr, flush=True)
+        self.say(f"round {body.round}/{body.rounds}  {figures}  {left}")
 
     def say(self, message: str) -> None:
         """A line of its own, above the bar where there is one."""
-        print(message, file=sys.stderr, flush=True)
+        self._console.print(message, highlight=False, markup=False, soft_wrap=True)

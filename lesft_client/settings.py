@@ -28,6 +28,16 @@ class DataSettings(ServiceSettings):
     data_seed: int = Field(0, ge=0, description="Seed of the sharing and of generated problems.")
 
 
+class ExportDataSettings(DataSettings):
+    """Write the samples that a client would use as JSONL, to look at them or to change them."""
+
+    model_config = SettingsConfigDict(env_prefix="LESFT_CLIENT_")
+
+    config: Path | None = Field(None, description="TOML file with any of these settings.")
+    output: Path | None = Field(None, description="File to write; none writes to the terminal.")
+    split: Literal["train", "test"] = Field("train", description="Which samples.")
+
+
 class TrainSettings(DataSettings):
     """Fine-tune with others: LESFT's edge client keeps the text and the first decoder layers."""
 

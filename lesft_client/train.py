@@ -27,7 +27,8 @@ from lesft.v1 import model_pb2, model_pb2_grpc, training_pb2
 from lesft.weights import front_fingerprint, load_front
 from lesft_client.aggregation import Aggregator
 from lesft_client.control_api import make_app
-from lesft_client.data import EncodedSample, client_share, encode_samples, load_samples
+from lesft_client.data import EncodedSample, Split, encode_samples
+from lesft_client.data_command import samples_of
 from lesft_client.front import Front
 from lesft_client.front_weights import fetched_checkpoint, local_checkpoint
 from lesft_client.patience import patiently
@@ -135,26 +136,22 @@ class TrainCommand:
         """This client's training and held-out samples, encoded."""
         settings = self._settings
         tokenizer = _load_tokenizer(settings.model)
-        index, of = map(int, settings.share.split("/"))
         max_length = min(settings.max_length or spec.max_length, spec.max_length)
 
-        def share(split: str, wanted: int) -> list[EncodedSample]:
-            samples = load_samples(
-                settings.data, split, (wanted or None) and wanted * of, settings.data_seed
-            )
-            mine = client_share(samples, index - 1, of, wanted, settings.data_seed)
-            encoded, skipped = encode_samples(mine, tokenizer, max_length)
+        def encoded(split: Split) -> list[EncodedSample]:
+            samples = samples_of(settings, split)
+            kept, skipped = encode_samples(samples, tokenizer, max_length)
             self._status.skipped_samples += skipped
             if skipped:
                 self._display.say(
-                    f"{skipped} of {len(mine)} {split} samples are longer than {max_length} tokens "
-                    "and were skipped (--max-length)"
+                    f"{skipped} of {len(samples)} {split} samples are longer than {max_length} "
+                    "tokens and were skipped (--max-length)"
                 )
-            return encoded
+            return kept
 
-        training = share("train", settings.samples)
+        training = encoded("train")
         self._status.num_samples = len(training)
-        return training, share("test", settings.held_out) if settings.held_out else []
+        return training, encoded("test") if settings.held_out else []
 
     def _front(
         self,

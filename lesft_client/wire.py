@@ -43,7 +43,7 @@ class WireCounter:
         with self._lock:
             return sum(self._bytes[direction].values())
 
-    def by_kind(self) -> dict[str, dict[str, int]]:
+    def by_kind(self) -> dict[Direction, dict[Kind, int]]:
         """A copy of all counts: direction, kind, bytes."""
         with self._lock:
             return {way: dict(counts) for way, counts in self._bytes.items()}

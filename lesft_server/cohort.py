@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lesft.adapters import lora_state
@@ -88,17 +88,19 @@ class Cohort:
         self._run.record(
             RoundRecord(
                 round=key.round,
-                loss=_mean_by_share(window, "loss"),
-                nll=_mean_by_share(window, "nll"),
+                loss=_mean_by_share(window, lambda result: result.loss),
+                nll=_mean_by_share(window, lambda result: result.nll),
                 class_counts=_sum_counts([r for _, results in window for r in results]),
                 seconds=self._window_start - start,
             )
         )
 
 
-def _mean_by_share(window: list[tuple[Sequence[float], list[StepResult]]], field: str) -> float:
+def _mean_by_share(
+    window: list[tuple[Sequence[float], list[StepResult]]], figure: Callable[[StepResult], float]
+) -> float:
     sums = [
-        sum(share * getattr(result, field) for share, result in zip(shares, results, strict=True))
+        sum(share * figure(result) for share, result in zip(shares, results, strict=True))
         for shares, results in window
     ]
     return sum(sums) / len(sums)

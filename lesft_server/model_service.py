@@ -25,7 +25,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         self._config_json = config_json
         self._front_file = front_file
 
-    async def DescribeRun(  # type: ignore[override]
+    async def DescribeRun(
         self,
         request: model_pb2.DescribeRunRequest,
         context: ServicerContext[model_pb2.DescribeRunRequest, model_pb2.DescribeRunResponse],
@@ -38,7 +38,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             front_bytes=self._front_file.size,
         )
 
-    async def FetchFront(  # type: ignore[override]
+    async def FetchFront(
         self,
         request: model_pb2.FetchFrontRequest,
         context: ServicerContext[model_pb2.FetchFrontRequest, model_pb2.FetchFrontResponse],

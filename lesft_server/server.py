@@ -5,13 +5,15 @@ import logging
 import signal
 from pathlib import Path
 
+import grpc
 import torch
 
 from lesft.adapters import attach_lora
 from lesft.back import Back
-from lesft.channel import bind, make_server, set_serving
+from lesft.channel import bind, check_open, make_server, set_serving
 from lesft.control import ControlServer, write_endpoints
 from lesft.device import choose_device
+from lesft.files import write_atomically
 from lesft.hub import model_folder
 from lesft.spec import RunSpec
 from lesft.split import check_cut_layer, default_cut_layer
@@ -33,49 +35,79 @@ SPEC_FILE = "run_spec.json"
 _GRACE_SECONDS = 5
 
 
-async def serve(settings: ServerSettings) -> None:
-    """Serve until SIGTERM or SIGINT. Raises LesftError when it cannot start."""
-    settings.state.mkdir(parents=True, exist_ok=True)
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stopping.set)
+class Server:
+    """Everything of one server process but its signals."""
 
-    device = DeviceThread()
-    checkpoint = Checkpoint(model_folder(settings.model))
-    back, spec = await device.run(lambda: _load(settings, checkpoint))
-    (settings.state / SPEC_FILE).write_text(spec.model_dump_json(indent=2))
-    run = Run(spec)
-    cohort = Cohort(run, back, device, settings.state / ADAPTER_FILE)
-    config = back.model.config
-    limits = Limits(spec, config.hidden_size, config.vocab_size)
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
+        self._device = DeviceThread()
+        self._server: grpc.aio.Server | None = None
+        self._control: ControlServer | None = None
+        self.engine: Engine | None = None
 
-    names = [training_service.SERVICE_NAME, model_service.SERVICE_NAME]
-    server, health = make_server(names)
-    training_pb2_grpc.add_TrainingServiceServicer_to_server(
-        training_service.TrainingService(Engine(run, back, device, cohort, limits)), server
-    )
-    model_pb2_grpc.add_ModelServiceServicer_to_server(
-        model_service.ModelService(
-            spec, checkpoint.config_json, FrontFile(checkpoint, spec.cut_layer)
-        ),
-        server,
-    )
-    control = ControlServer(make_app(run), settings.insecure)
-    try:
+    async def start(self) -> tuple[str, str]:
+        """Load the model and serve; returns the addresses of gRPC and control API.
+
+        Raises LesftError when that cannot be.
+        """
+        settings = self._settings
+        settings.state.mkdir(parents=True, exist_ok=True)
+        check_open(settings.listen, settings.insecure)
+        checkpoint = Checkpoint(model_folder(settings.model))
+        back, spec = await self._device.run(lambda: _load(settings, checkpoint))
+        write_atomically(settings.state / SPEC_FILE, spec.model_dump_json(indent=2).encode())
+        run = Run(spec)
+        engine = self.engine = Engine(
+            run=run,
+            back=back,
+            device=self._device,
+            cohort=Cohort(run, back, self._device, settings.state / ADAPTER_FILE),
+            limits=Limits(spec, back.model.config.hidden_size, back.model.config.vocab_size),
+        )
+        front_file = FrontFile(checkpoint, spec.cut_layer)
+
+        names = [training_service.SERVICE_NAME, model_service.SERVICE_NAME]
+        server, health = make_server(names)
+        self._server = server
+        training_pb2_grpc.add_TrainingServiceServicer_to_server(
+            training_service.TrainingService(engine), server
+        )
+        model_pb2_grpc.add_ModelServiceServicer_to_server(
+            model_service.ModelService(spec, checkpoint.config_json, front_file), server
+        )
         address = bind(server, settings.listen, settings.insecure)
-        control_address = await control.start(settings.control)
+        self._control = ControlServer(make_app(run), settings.insecure)
+        control_address = await self._control.start(settings.control)
         await server.start()
         await set_serving(health, names)
         write_endpoints(settings.state, {"grpc": address, "control": control_address})
         log.info("ready: gRPC on %s, control API on http://%s", address, control_address)
+        return address, control_address
+
+    async def stop(self, reason: str) -> None:
+        """Tell the clients why, let calls end, stop. Safe to call when never started."""
+        if self.engine is not None:
+            self.engine.run.stop(reason)
+        if self._server is not None:
+            await self._server.stop(_GRACE_SECONDS)
+        if self._control is not None:
+            await self._control.stop()
+        self._device.close()
+
+
+async def serve(settings: ServerSettings) -> None:
+    """Serve until SIGTERM or SIGINT. Raises LesftError when it cannot start."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stopping.set)
+    server = Server(settings)
+    try:
+        await server.start()
         await stopping.wait()
         log.info("stopping")
-        run.stop("the server is stopping")
     finally:
-        await server.stop(_GRACE_SECONDS)
-        await control.stop()
-        device.close()
+        await server.stop("the server is stopping")
 
 
 def _load(settings: ServerSettings, checkpoint: Checkpoint) -> tuple[Back, RunSpec]:

@@ -5,7 +5,7 @@ import enum
 import time
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lesft.back import Back
 from lesft.bundle import BundleReader, bundle_chunks
@@ -169,7 +169,8 @@ class Session:
     async def _unless_ended(self, wanted: Awaitable[T]) -> T:
         task = asyncio.ensure_future(wanted)
         try:
-            await asyncio.wait({task, self._end}, return_when=asyncio.FIRST_COMPLETED)
+            waited: set[asyncio.Future[Any]] = {task, self._end}
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
                 self._end.result()
             return await task

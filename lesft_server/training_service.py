@@ -20,7 +20,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    async def Train(  # type: ignore[override]
+    async def Train(
         self,
         request_iterator: AsyncIterator[training_pb2.TrainRequest],
         context: ServicerContext[training_pb2.TrainRequest, training_pb2.TrainResponse],

@@ -1,0 +1,66 @@
+"""What the bytes of a client's adapter must be: float32, finite, the same tensors as everyone's."""
+
+import math
+
+import numpy as np
+from safetensors import SafetensorError, deserialize
+
+from lesft.errors import BundleError
+
+Layout = dict[str, tuple[int, ...]]
+"""Shape of each tensor of an adapter, by name. All are float32."""
+
+
+def read_layout(data: bytes) -> Layout:
+    """The layout of an adapter's safetensors bytes.
+
+    Raises BundleError when they are no safetensors, hold nothing, or hold anything but finite
+    float32 numbers.
+    """
+    try:
+        tensors = deserialize(data)  # type: ignore[no-untyped-call]
+    except SafetensorError as error:
+        raise BundleError(f"adapter is no safetensors byte string: {error}") from None
+    if not tensors:
+        raise BundleError("adapter holds no tensors: submit every LoRA tensor of the front")
+    for name, tensor in tensors:
+        _check_tensor(name, tensor["dtype"], tensor["shape"], tensor["data"])
+    return {name: tuple(tensor["shape"]) for name, tensor in tensors}
+
+
+def _check_tensor(name: str, dtype: str, shape: list[int], data: bytearray) -> None:
+    if dtype != "F32":
+        raise BundleError(f"tensor {shown(name)} must be float32 (F32), got {dtype}")
+    if math.prod(shape) == 0:
+        raise BundleError(f"tensor {shown(name)} has no elements: its shape is {shown(shape)}")
+    if not np.isfinite(np.frombuffer(data, dtype="<f4")).all():
+        raise BundleError(
+            f"tensor {shown(name)} has values that are NaN or infinite: lower the learning rate "
+            "or clip the gradient"
+        )
+
+
+def check_layout(layout: Layout, expected: Layout) -> None:
+    """Refuse an adapter that cannot be averaged with the run's others.
+
+    Raises BundleError that names the first tensor that differs.
+    """
+    for name in sorted(expected.keys() | layout.keys()):
+        if name not in layout:
+            raise BundleError(f"tensor {shown(name)} is missing; {_RULE}")
+        if name not in expected:
+            raise BundleError(f"tensor {shown(name)} is unknown; {_RULE}")
+        if layout[name] != expected[name]:
+            raise BundleError(
+                f"tensor {shown(name)} must have shape {shown(list(expected[name]))}, got "
+                f"{shown(list(layout[name]))}; {_RULE}"
+            )
+
+
+_RULE = "the run's first accepted adapter fixed the names and shapes for all"
+
+
+def shown(value: object, limit: int = 100) -> str:
+    """A value from the wire for an error message, cut short: it may be megabytes."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -1,0 +1,111 @@
+"""The aggregation service over gRPC: handlers check, call and return; `rounds` has the rules."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from lesft.bundle import CHUNK_BYTES, BundleReader
+from lesft.errors import LesftError, OutOfOrder, TooLarge
+from lesft.v1 import aggregation_pb2 as pb
+from lesft.v1.aggregation_pb2_grpc import AggregationServiceServicer
+from lesft.v1.tensor_pb2 import BundleInfo, Chunk
+from lesft_aggregator.admission import Introduction, check_name
+from lesft_aggregator.metrics import Metrics
+from lesft_aggregator.rounds import Receipt, Rounds
+from lesft_aggregator.settings import AggregatorSettings
+from lesft_aggregator.store import Store
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["AggregationService"].full_name
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class AggregationService(AggregationServiceServicer):
+    """Errors of our tree become statuses in `lesft.interceptors`."""
+
+    def __init__(
+        self, rounds: Rounds, store: Store, settings: AggregatorSettings, metrics: Metrics
+    ) -> None:
+        self._rounds = rounds
+        self._store = store
+        self._settings = settings
+        self._metrics = metrics
+        # One submission per client at a time: a client's retries do not add up in memory.
+        self._receiving: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinResponse:
+        """Takes a client in."""
+        client = Introduction(request.client_id, request.run_id, request.num_samples)
+        version = await self._rounds.join(request.protocol_version, client)
+        return pb.JoinResponse(version=version, clients=self._settings.clients)
+
+    async def Submit(
+        self, requests: AsyncIterator[pb.SubmitRequest], context: Context
+    ) -> pb.SubmitResponse:
+        """Takes one client's adapter."""
+        try:
+            receipt = await self._submit(requests)
+        except LesftError as error:
+            self._metrics.submissions.labels(type(error).__name__).inc()
+            raise
+        self._metrics.submissions.labels("repeated" if receipt.repeated else "accepted").inc()
+        return pb.SubmitResponse(version=receipt.version, received=receipt.received)
+
+    async def _submit(self, requests: AsyncIterator[pb.SubmitRequest]) -> Receipt:
+        header = await _header(requests)
+        client = Introduction(header.client_id, header.run_id, header.num_samples)
+        self._rounds.check(client, header.base_version)
+        async with self._receiving[client.client_id]:
+            data = await self._receive(header.bundle, requests)
+            return await self._rounds.submit(client, header.base_version, data)
+
+    async def _receive(
+        self, bundle: BundleInfo, requests: AsyncIterator[pb.SubmitRequest]
+    ) -> bytes:
+        limit = self._settings.max_submission_mib << 20
+        if bundle.total_bytes > limit:
+            raise TooLarge(
+                f"adapter of {bundle.total_bytes} bytes announced, but at most {limit} are "
+                "accepted: lower the LoRA rank, or restart the aggregator with a larger "
+                "--max-submission-mib"
+            )
+        reader = BundleReader(bundle, limit)
+        async for request in requests:
+            if request.WhichOneof("message") != "chunk":
+                raise OutOfOrder("after the submission only chunks may follow")
+            self._metrics.received_bytes.inc(len(request.chunk.data))
+            reader.add(request.chunk)
+        # The checksum of a large bundle takes a while: not on the event loop.
+        return await asyncio.to_thread(reader.data)
+
+    async def Fetch(
+        self, request: pb.FetchRequest, context: Context
+    ) -> AsyncIterator[pb.FetchResponse]:
+        """Waits for a version and sends it from disk, chunk by chunk."""
+        check_name(request.client_id, request.run_id, self._settings.run_id)
+        adapter = await self._rounds.wait_for_version(request.version)
+        bundle = BundleInfo(total_bytes=adapter.num_bytes, crc32=adapter.crc32)
+        yield pb.FetchResponse(
+            aggregate=pb.Aggregate(
+                version=adapter.version,
+                client_ids=adapter.client_ids,
+                num_samples=adapter.num_samples,
+                bundle=bundle,
+            )
+        )
+        with self._store.adapter_path(adapter.version).open("rb") as file:
+            for index, start in enumerate(range(0, adapter.num_bytes, CHUNK_BYTES)):
+                data = file.read(min(CHUNK_BYTES, adapter.num_bytes - start))
+                self._metrics.sent_bytes.inc(len(data))
+                yield pb.FetchResponse(chunk=Chunk(index=index, data=data))
+
+
+async def _header(requests: AsyncIterator[pb.SubmitRequest]) -> pb.Submission:
+    async for request in requests:
+        if request.WhichOneof("message") == "submission":
+            return request.submission
+        break
+    raise OutOfOrder("a submission's first message must be its header, then its chunks")

@@ -1,0 +1,52 @@
+"""The aggregator's settings."""
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from lesft.settings import ServiceSettings
+
+
+class AggregatorSettings(ServiceSettings):
+    """LESFT's aggregation server: averages the clients' adapters, round by round."""
+
+    model_config = SettingsConfigDict(env_prefix="LESFT_AGGREGATOR_")
+
+    config: Path | None = Field(None, description="TOML file with any of these settings.")
+    listen: str = Field("127.0.0.1:50052", description="HOST:PORT of the gRPC service.")
+    control: str = Field("127.0.0.1:8052", description="HOST:PORT of the control API.")
+    insecure: bool = Field(
+        False, description="Allow unencrypted traffic beyond this machine: anyone may read it."
+    )
+    state: Path = Field(description="Folder for submissions, averaged adapters and the database.")
+    run_id: str = Field("lesft", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Name of the run.")
+    clients: int = Field(ge=1, description="Number of clients that take part in each round.")
+    quorum: int = Field(
+        0, ge=0, description="Clients that suffice once the deadline has passed; 0 means all."
+    )
+    deadline_seconds: float = Field(
+        0,
+        ge=0,
+        description="Seconds from a round's first submission until the quorum suffices; 0: never.",
+    )
+    max_submission_mib: int = Field(
+        256, ge=1, description="Largest adapter that is accepted, in MiB."
+    )
+
+    @model_validator(mode="after")
+    def _quorum_makes_sense(self) -> "AggregatorSettings":
+        if self.quorum > self.clients:
+            raise ValueError(
+                f"--quorum must be at most --clients ({self.clients}), got {self.quorum}"
+            )
+        if 0 < self.quorum < self.clients and self.deadline_seconds == 0:
+            raise ValueError(
+                f"--quorum {self.quorum} only counts after a deadline: set --deadline-seconds"
+            )
+        return self
+
+    @property
+    def required(self) -> int:
+        """Clients that suffice once the deadline has passed."""
+        return self.quorum or self.clients

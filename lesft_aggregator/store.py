@@ -1,0 +1,234 @@
+"""What the aggregator keeps: a SQLite database and safetensors files, both under --state.
+
+A file is on disk for good before its row is committed, and the row before anything is
+acknowledged; so a row without a file cannot be, and a file without a row is the rest of a crash
+and is removed when the store is opened.
+"""
+
+import fcntl
+import hashlib
+import os
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import create_engine, event, func, select
+from sqlalchemy.exc import DatabaseError
+from sqlalchemy.orm import Session
+
+from lesft.errors import InvalidInput
+from lesft_aggregator.adapters import Layout
+from lesft_aggregator.tables import Adapter, Client, Run, Submission, Table
+
+DATABASE_FILE = "aggregator.sqlite"
+
+
+class Store:
+    """Rows are returned detached: plain values, never changed afterwards.
+
+    Reading is safe from any thread; the caller sees to it that one thread writes at a time.
+    """
+
+    def __init__(self, state: Path, run_id: str) -> None:
+        """Open the folder, or make it, and clear away what a crash left half done.
+
+        Raises InvalidInput when the folder is in use, belongs to another run or has lost files.
+        """
+        self._submissions = state / "submissions"
+        self._adapters = state / "adapters"
+        for folder in (state, self._submissions, self._adapters):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(state)
+        self._engine = create_engine(f"sqlite:///{state / DATABASE_FILE}")
+        event.listen(self._engine, "connect", _set_pragmas)
+        try:
+            Table.metadata.create_all(self._engine)
+            self._claim(state, run_id)
+            self._tidy()
+        except DatabaseError as error:
+            self.close()
+            raise InvalidInput(f"{state / DATABASE_FILE} cannot be used: {error.orig}") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the files; nothing is written."""
+        self._engine.dispose()
+        os.close(self._lock)
+
+    def version(self) -> int:
+        """The newest published version; 0 where nothing has been averaged yet."""
+        with self._session() as session:
+            return session.scalar(select(func.max(Adapter.version))) or 0
+
+    def layout(self) -> Layout | None:
+        """Names and shapes that every adapter must have, once a first one was accepted."""
+        with self._session() as session:
+            layout = session.scalars(select(Run)).one().layout
+        return layout and {name: tuple(shape) for name, shape in layout.items()}
+
+    def clients(self) -> Sequence[Client]:
+        """All clients, by name."""
+        with self._session() as session:
+            return session.scalars(select(Client).order_by(Client.client_id)).all()
+
+    def submission(self, base_version: int, client_id: str) -> Submission | None:
+        """One client's submission for one version, averaged or not."""
+        with self._session() as session:
+            return session.get(Submission, (base_version, client_id))
+
+    def submissions(self, base_version: int) -> Sequence[Submission]:
+        """All submissions for one version, in client-id order."""
+        query = select(Submission).filter_by(base_version=base_version)
+        with self._session() as session:
+            return session.scalars(query.order_by(Submission.client_id)).all()
+
+    def last_submissions(self) -> dict[str, int]:
+        """The newest base version that each client has submitted for."""
+        newest = func.max(Submission.base_version).label("newest")
+        query = select(Submission.client_id, newest).group_by(Submission.client_id)
+        with self._session() as session:
+            return {row.client_id: row.newest for row in session.execute(query)}
+
+    def adapter(self, version: int) -> Adapter | None:
+        """A published version."""
+        with self._session() as session:
+            return session.get(Adapter, version)
+
+    def adapters(self) -> Sequence[Adapter]:
+        """All published versions, oldest first."""
+        with self._session() as session:
+            return session.scalars(select(Adapter).order_by(Adapter.version)).all()
+
+    def submission_path(self, base_version: int, client_id: str) -> Path:
+        """Where a submission lies until it has been averaged."""
+        return self._submissions / f"{base_version:05}-{client_id}.safetensors"
+
+    def adapter_path(self, version: int) -> Path:
+        """Where a published version lies."""
+        return self._adapters / f"{version:05}.safetensors"
+
+    def join(self, client_id: str, num_samples: int) -> None:
+        """Remember a client."""
+        with self._session() as session, session.begin():
+            _remember(session, client_id, num_samples)
+
+    def add_submission(
+        self, base_version: int, client_id: str, num_samples: int, data: bytes, layout: Layout
+    ) -> None:
+        """Keep a submission; it would survive a power cut when this returns.
+
+        The first of the run fixes the layout. Raises OSError when the disk does not take it;
+        nothing has changed then.
+        """
+        _write_durably(self.submission_path(base_version, client_id), data)
+        with self._session() as session, session.begin():
+            _remember(session, client_id, num_samples)
+            run = session.scalars(select(Run)).one()
+            run.layout = run.layout or dict(layout)
+            session.add(
+                Submission(
+                    base_version=base_version,
+                    client_id=client_id,
+                    num_samples=num_samples,
+                    sha256=hashlib.sha256(data).hexdigest(),
+                    num_bytes=len(data),
+                    received=time.time(),
+                )
+            )
+
+    def publish(self, version: int, averaged: Sequence[Submission], data: bytes) -> None:
+        """Keep a new version; the submissions that it averages lose their files afterwards."""
+        _write_durably(self.adapter_path(version), data)
+        with self._session() as session, session.begin():
+            session.add(
+                Adapter(
+                    version=version,
+                    client_ids=[part.client_id for part in averaged],
+                    num_samples=sum(part.num_samples for part in averaged),
+                    sha256=hashlib.sha256(data).hexdigest(),
+                    crc32=zlib.crc32(data),
+                    num_bytes=len(data),
+                    created=time.time(),
+                )
+            )
+        for part in averaged:
+            self.submission_path(part.base_version, part.client_id).unlink(missing_ok=True)
+
+    def _session(self) -> Session:
+        return Session(self._engine, expire_on_commit=False)
+
+    def _claim(self, state: Path, run_id: str) -> None:
+        with self._session() as session, session.begin():
+            known = session.scalar(select(Run.run_id))
+            if known is None:
+                session.add(Run(run_id=run_id))
+            elif known != run_id:
+                raise InvalidInput(
+                    f"--state {state} belongs to run {known!r}, not to {run_id!r}: use another "
+                    f"folder, or --run-id {known}"
+                )
+
+    def _tidy(self) -> None:
+        version = self.version()
+        open_round = self.submissions(version)
+        keep = {
+            self.submission_path(version, part.client_id): part.num_bytes for part in open_round
+        }
+        published = self.adapters()
+        keep |= {self.adapter_path(adapter.version): adapter.num_bytes for adapter in published}
+        for path, num_bytes in keep.items():
+            if not path.is_file() or path.stat().st_size != num_bytes:
+                raise InvalidInput(
+                    f"{path} must have {num_bytes} bytes but is missing or was changed: restore "
+                    "the --state folder, or start a new run with an empty one"
+                )
+        for folder in (self._submissions, self._adapters):
+            for path in set(folder.glob("*.safetensors")) - keep.keys():
+                path.unlink()
+
+
+def _remember(session: Session, client_id: str, num_samples: int) -> None:
+    client = session.get(Client, client_id)
+    if client is None:
+        session.add(Client(client_id=client_id, num_samples=num_samples, joined=time.time()))
+    else:
+        client.num_samples = num_samples
+
+
+def _lock(state: Path) -> int:
+    handle = os.open(state / "lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise InvalidInput(
+            f"--state {state} is in use by another aggregator: stop that one, or use another folder"
+        ) from None
+    return handle
+
+
+def _set_pragmas(connection: Any, _: Any) -> None:
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    """Whole or not at all, and still there after a power cut."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,21 @@
+"""The client's data: sources, prompts, shares, order and token ids. Imports no torch."""
+
+from lesft_client.data.answers import final_answer
+from lesft_client.data.encode import EncodedSample, encode_prompt, encode_samples, end_token_id
+from lesft_client.data.order import sample_index
+from lesft_client.data.samples import Sample, Split
+from lesft_client.data.shares import client_share
+from lesft_client.data.sources import load_samples
+
+__all__ = [
+    "EncodedSample",
+    "Sample",
+    "Split",
+    "client_share",
+    "encode_prompt",
+    "encode_samples",
+    "end_token_id",
+    "final_answer",
+    "load_samples",
+    "sample_index",
+]
