@@ -64,7 +64,7 @@ def build_back(config: PreTrainedConfig, cut_layer: int) -> PreTrainedModel:
     model = _build_whole(config, cut_layer)
     base: Any = _base_model(model)
     base.layers = base.layers[cut_layer:]
-    base.embed_tokens = None
+    base.embed_tokens = torch.nn.Identity()  # fed through inputs_embeds; peft looks for a module
     if hasattr(base, "embedding_multiplier"):
         base.embedding_multiplier = 1.0  # granite scales whatever it is fed; the front did already
     _slice_config(model.config, cut_layer, len(base.layers) + cut_layer)

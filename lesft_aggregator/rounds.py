@@ -294,10 +294,8 @@ class Rounds:
     def _publish(self, version: int, parts: Sequence[Submission]) -> Adapter:
         files = [self._store.submission_path(part.base_version, part.client_id) for part in parts]
         weights = [part.num_samples for part in parts]
-        self._store.publish(version, parts, save(weighted_mean(zip(files, weights, strict=True))))
-        adapter = self._store.adapter(version)
-        assert adapter is not None
-        return adapter
+        mean = weighted_mean(zip(files, weights, strict=True))
+        return self._store.publish(version, parts, save(mean))
 
     async def _end(self, error: LesftError) -> None:
         async with self._changed:

@@ -1,24 +1,27 @@
 """The aggregation service over gRPC: handlers check, call and return; `rounds` has the rules."""
 
 import asyncio
-from collections import defaultdict
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 
 from lesft.bundle import CHUNK_BYTES, BundleReader
-from lesft.errors import LesftError, OutOfOrder, TooLarge
+from lesft.errors import LesftError, OutOfOrder, TooLarge, Unreachable
 from lesft.v1 import aggregation_pb2 as pb
 from lesft.v1.aggregation_pb2_grpc import AggregationServiceServicer
 from lesft.v1.tensor_pb2 import BundleInfo, Chunk
 from lesft_aggregator.admission import Introduction, check_name
+from lesft_aggregator.intake import Intake
 from lesft_aggregator.metrics import Metrics
 from lesft_aggregator.rounds import Receipt, Rounds
 from lesft_aggregator.settings import AggregatorSettings
 from lesft_aggregator.store import Store
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["AggregationService"].full_name
+
+PROGRESS_SECONDS = 300
+"""A client that stalls for longer loses its room to the others. One chunk may take its time."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -33,8 +36,8 @@ class AggregationService(AggregationServiceServicer):
         self._store = store
         self._settings = settings
         self._metrics = metrics
-        # One submission per client at a time: a client's retries do not add up in memory.
-        self._receiving: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._limit_bytes = settings.max_submission_mib << 20
+        self._intake = Intake(self._limit_bytes)
 
     async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinResponse:
         """Takes a client in."""
@@ -58,22 +61,21 @@ class AggregationService(AggregationServiceServicer):
         header = await _header(requests)
         client = Introduction(header.client_id, header.run_id, header.num_samples)
         self._rounds.check(client, header.base_version)
-        async with self._receiving[client.client_id]:
+        if header.bundle.total_bytes > self._limit_bytes:
+            raise TooLarge(
+                f"adapter of {header.bundle.total_bytes} bytes announced, but at most "
+                f"{self._limit_bytes} are accepted: lower the LoRA rank, or restart the "
+                "aggregator with a larger --max-submission-mib"
+            )
+        async with self._intake.room(header.bundle.total_bytes):
             data = await self._receive(header.bundle, requests)
             return await self._rounds.submit(client, header.base_version, data)
 
     async def _receive(
         self, bundle: BundleInfo, requests: AsyncIterator[pb.SubmitRequest]
     ) -> bytes:
-        limit = self._settings.max_submission_mib << 20
-        if bundle.total_bytes > limit:
-            raise TooLarge(
-                f"adapter of {bundle.total_bytes} bytes announced, but at most {limit} are "
-                "accepted: lower the LoRA rank, or restart the aggregator with a larger "
-                "--max-submission-mib"
-            )
-        reader = BundleReader(bundle, limit)
-        async for request in requests:
+        reader = BundleReader(bundle, self._limit_bytes)
+        while (request := await _next(requests)) is not None:
             if request.WhichOneof("message") != "chunk":
                 raise OutOfOrder("after the submission only chunks may follow")
             self._metrics.received_bytes.inc(len(request.chunk.data))
@@ -104,8 +106,19 @@ class AggregationService(AggregationServiceServicer):
 
 
 async def _header(requests: AsyncIterator[pb.SubmitRequest]) -> pb.Submission:
-    async for request in requests:
-        if request.WhichOneof("message") == "submission":
-            return request.submission
-        break
-    raise OutOfOrder("a submission's first message must be its header, then its chunks")
+    request = await _next(requests)
+    if request is None or request.WhichOneof("message") != "submission":
+        raise OutOfOrder("a submission's first message must be its header, then its chunks")
+    return request.submission
+
+
+async def _next(requests: AsyncIterator[pb.SubmitRequest]) -> pb.SubmitRequest | None:
+    """The client's next message; None after its last. Raises Unreachable when it stalls."""
+    try:
+        return await asyncio.wait_for(anext(requests), PROGRESS_SECONDS)
+    except StopAsyncIteration:
+        return None
+    except asyncio.TimeoutError:
+        raise Unreachable(
+            f"nothing came for {PROGRESS_SECONDS} s in mid-submission: submit again"
+        ) from None

@@ -31,7 +31,9 @@ class AggregatorSettings(ServiceSettings):
         description="Seconds from a round's first submission until the quorum suffices; 0: never.",
     )
     max_submission_mib: int = Field(
-        256, ge=1, description="Largest adapter that is accepted, in MiB."
+        256,
+        ge=1,
+        description="Largest adapter, and room for all that are being received at once, in MiB.",
     )
 
     @model_validator(mode="after")

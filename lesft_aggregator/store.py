@@ -140,23 +140,23 @@ class Store:
                 )
             )
 
-    def publish(self, version: int, averaged: Sequence[Submission], data: bytes) -> None:
+    def publish(self, version: int, averaged: Sequence[Submission], data: bytes) -> Adapter:
         """Keep a new version; the submissions that it averages lose their files afterwards."""
+        adapter = Adapter(
+            version=version,
+            client_ids=[part.client_id for part in averaged],
+            num_samples=sum(part.num_samples for part in averaged),
+            sha256=hashlib.sha256(data).hexdigest(),
+            crc32=zlib.crc32(data),
+            num_bytes=len(data),
+            created=time.time(),
+        )
         _write_durably(self.adapter_path(version), data)
         with self._session() as session, session.begin():
-            session.add(
-                Adapter(
-                    version=version,
-                    client_ids=[part.client_id for part in averaged],
-                    num_samples=sum(part.num_samples for part in averaged),
-                    sha256=hashlib.sha256(data).hexdigest(),
-                    crc32=zlib.crc32(data),
-                    num_bytes=len(data),
-                    created=time.time(),
-                )
-            )
+            session.add(adapter)
         for part in averaged:
             self.submission_path(part.base_version, part.client_id).unlink(missing_ok=True)
+        return adapter
 
     def _session(self) -> Session:
         return Session(self._engine, expire_on_commit=False)

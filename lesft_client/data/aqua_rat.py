@@ -46,7 +46,7 @@ def _choices(row: Row, right: str) -> dict[str, str]:
     found = options if isinstance(options, list) else [options]
     matches = [_OPTION.fullmatch(str(option)) for option in found]
     if not all(matches):
-        raise DataError(f'{row.where}: "options" must read "A)...", "B)...", got {options!r}')
+        raise DataError(f'{row.where}: "options" must be a list of "A)...", "B)..." and so on')
     pairs = [(match[1], match[2].strip()) for match in matches if match]
     return row.choices([letter for letter, _ in pairs], [text for _, text in pairs], right)
 

@@ -11,7 +11,10 @@ from lesft.errors import DataError
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its fields, and where they stand, such as `train.jsonl:17`, for messages."""
+    """One row: its fields, and where they stand, such as `train.jsonl:17`, for messages.
+
+    Messages name the place and the field, never the text in it: it may be private.
+    """
 
     where: str
     fields: dict[str, Any]
@@ -23,9 +26,7 @@ class Row:
             raise DataError(f'{self.where}: needs the field "{name}"; its fields are: {found}')
         value = self.fields[name]
         if not isinstance(value, str):
-            raise DataError(
-                f'{self.where}: "{name}" must be a string, got {json.dumps(value, default=str)}'
-            )
+            raise DataError(f'{self.where}: "{name}" must be a string, got {type(value).__name__}')
         if not value.strip():
             raise DataError(f'{self.where}: "{name}" must not be empty; fill it or drop the row')
         return value.strip()
@@ -63,8 +64,12 @@ def _row(where: str, line: bytes) -> Row:
             f"{where}: is not UTF-8 (byte {line[error.start]:#04x} at column {error.start + 1}); "
             "save the file as UTF-8"
         ) from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{where}: is not JSON: {error}; each line is one JSON object") from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: is not JSON: {error.msg} (column {error.colno}); a line is one JSON object"
+        ) from error
+    except RecursionError as error:
+        raise DataError(f"{where}: is not JSON: nested too deeply") from error
     if not isinstance(fields, dict):
         raise DataError(f"{where}: must be a JSON object, got {type(fields).__name__}")
     return Row(where, fields)

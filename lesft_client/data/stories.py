@@ -316,4 +316,7 @@ THREE_STEPS = (
         "{friend} takes {c} away, which leaves {r2} - {c} = {r3}.",
     ),
 )
-STORIES = (*ONE_STEP, *TWO_STEPS, *THREE_STEPS)
+STORIES = tuple(
+    story for each in zip(ONE_STEP, TWO_STEPS, THREE_STEPS, strict=True) for story in each
+)
+"""One, two and three steps in turn, so that a few problems are already of all kinds."""
