@@ -1,0 +1,179 @@
+"""`lesft-testbed run`: server, aggregator and clients as processes, from start to report."""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lesft.errors import InternalError, InvalidInput
+from lesft_testbed.commands import aggregator_command, client_command, client_name, server_command
+from lesft_testbed.default_model import default_model
+from lesft_testbed.display import Display
+from lesft_testbed.processes import Process, Processes
+from lesft_testbed.report import (
+    ADAPTER_FOLDER,
+    PAGE_FILE,
+    PICTURE_FILE,
+    REPORT_FILE,
+    make_report,
+    summary,
+    write_report,
+)
+from lesft_testbed.settings import RunSettings
+from lesft_testbed.watch import Watcher
+
+_STATE_FOLDER = "state"
+_OURS = (REPORT_FILE, PAGE_FILE, PICTURE_FILE, ADAPTER_FOLDER, _STATE_FOLDER)
+_POLL_SECONDS = 0.5
+
+
+class TestbedRun:
+    """One run of the testbed, stage by stage."""
+
+    def __init__(self, settings: RunSettings, display: Display) -> None:
+        self._settings = settings
+        self._display = display
+        self._clients = [client_name(index) for index in range(settings.clients)]
+        self._rounds: list[dict[str, Any]] = []
+
+    def run(self) -> str:
+        """Train, write the results and return what to print.
+
+        Raises RunStopped, naming the service and the end of its log, when one fails.
+        """
+        settings, start = self._settings, time.monotonic()
+        _prepare_output(settings.output)
+        model = settings.model or str(default_model(settings.cache, self._display.say))
+        with Processes(settings.output) as processes:
+            watcher = Watcher(processes)
+            try:
+                self._start(processes, watcher, model)
+                started = time.monotonic()
+                self._train(processes, watcher)
+            finally:
+                watcher.close()
+        peaks = {name: process.peak_rss_bytes for name, process in processes.all.items()}
+        return self._write_results(processes, start, started, peaks)
+
+    # ------------------------------------------------------------------ the run
+
+    def _start(self, processes: Processes, watcher: Watcher, model: str) -> None:
+        """Server and aggregator first: the clients need their addresses."""
+        settings = self._settings
+        server = processes.start(
+            "server", server_command(settings, model, processes.state_of("server"))
+        )
+        aggregator = processes.start(
+            "aggregator", aggregator_command(settings, processes.state_of("aggregator"))
+        )
+        while not (_address(server) and _address(aggregator)):
+            self._look(processes, watcher)
+        for index, name in enumerate(self._clients):
+            command = client_command(
+                settings,
+                model,
+                processes.state_of(name),
+                index,
+                _address(server),
+                _address(aggregator),
+            )
+            processes.start(name, command)
+
+    def _train(self, processes: Processes, watcher: Watcher) -> None:
+        """Watch until all clients have ended well."""
+        clients = [processes.all[name] for name in self._clients]
+        while any(client.exit_status is None for client in clients):
+            self._look(processes, watcher)
+        processes.check(may_end=self._clients)
+        self._note_rounds(watcher)
+        self._display.services(watcher.look())
+
+    def _look(self, processes: Processes, watcher: Watcher) -> None:
+        processes.check(may_end=self._clients)
+        self._note_rounds(watcher)
+        self._display.services(watcher.look())
+        time.sleep(_POLL_SECONDS)
+
+    def _note_rounds(self, watcher: Watcher) -> None:
+        new = watcher.rounds(first=len(self._rounds))
+        self._rounds += new
+        self._display.rounds_done(new, self._settings.num_rounds)
+
+    # ------------------------------------------------------------------ its results
+
+    def _write_results(
+        self, processes: Processes, start: float, started: float, peaks: dict[str, int]
+    ) -> str:
+        settings, output = self._settings, self._settings.output
+        spec = _read_json(processes.state_of("server") / "run_spec.json")
+        results = [_read_json(processes.state_of(name) / "result.json") for name in self._clients]
+        _join_adapter(processes, self._clients, results, output / ADAPTER_FOLDER)
+        seconds = {"starting": started - start, "total": time.monotonic() - start}
+        report = make_report(
+            spec, settings.data, settings.samples, self._rounds, results, seconds, peaks
+        )
+        write_report(report, output)
+        # matplotlib takes a second to load; only here.
+        from lesft_testbed.picture import draw_loss
+
+        draw_loss(report, [result["loss_by_round"] for result in results], output / PICTURE_FILE)
+        return summary(report, output)
+
+
+def run_testbed(settings: RunSettings) -> str:
+    """Run the testbed and return its summary."""
+    table = settings.progress == "table" or (settings.progress == "auto" and sys.stderr.isatty())
+    with Display(table) as display:
+        return TestbedRun(settings, display).run()
+
+
+def _prepare_output(output: Path) -> None:
+    """An empty folder, without an earlier run's results. Raises InvalidInput for other files."""
+    if output.exists() and not output.is_dir():
+        raise InvalidInput(f"--output {output} must be a folder, but it is a file")
+    output.mkdir(parents=True, exist_ok=True)
+    entries = list(output.iterdir())
+    foreign = sorted(e.name for e in entries if e.name not in _OURS and e.suffix != ".log")
+    if foreign:
+        raise InvalidInput(
+            f"--output {output} holds {foreign[0]!r}, which no run of the testbed has written: "
+            "give a folder of its own"
+        )
+    for entry in entries:
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _address(service: Process) -> str:
+    return service.address("grpc") or ""
+
+
+def _join_adapter(
+    processes: Processes, clients: list[str], results: list[dict[str, Any]], folder: Path
+) -> None:
+    """Front and back as one PEFT adapter, once it is certain that all clients hold the same."""
+    digests = {result["adapter_sha256"] for result in results}
+    if len(digests) != 1:
+        raise InternalError(
+            f"the clients' adapters differ after the last aggregation: {', '.join(sorted(digests))}"
+        )
+    # torch takes seconds to load; only here.
+    from safetensors.torch import load_file
+
+    from lesft.adapters import save_adapter
+    from lesft.spec import RunSpec
+
+    server = processes.state_of("server")
+    spec = RunSpec.model_validate_json((server / "run_spec.json").read_text())
+    front = load_file(processes.state_of(clients[0]) / "adapter.safetensors")
+    back = load_file(server / "adapter.safetensors")
+    save_adapter(folder, front, back, spec.lora, spec.model_name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text())
+    return values
