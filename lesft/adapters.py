@@ -6,7 +6,7 @@ on the wire: a part adds its layer offset when it speaks and takes it off when i
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from lesft.errors import InvalidInput, ModelError
+from lesft.files import open_to_umask
 from lesft.seeds import derive_seed
 from lesft.spec import LoraSpec
 from lesft.tensors import TensorSpec, check_tensors
@@ -31,14 +32,15 @@ def attach_lora(model: PreTrainedModel, lora: LoraSpec, run_seed: int, layer_off
     """
     linear = {
         name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)
-    }
+    } - {"lm_head"}  # frozen, and in no layer
     missing = sorted(set(lora.target_modules) - linear)
     if missing:
         raise InvalidInput(
             f"lora.target_modules: {', '.join(missing)} is no linear layer of this model; it has "
-            f"{', '.join(sorted(linear - {'lm_head'}))}"
+            f"{', '.join(sorted(linear))}"
         )
     inject_adapter_in_model(lora_config(lora), model, adapter_name=_ADAPTER)
+    model.train(model.training)  # the new modules' dropout too
     for name, parameter in _named_parameters(model, layer_offset).items():
         parameter.data = parameter.data.float()
         if ".lora_A." in name:
@@ -112,23 +114,32 @@ def save_adapter(
 ) -> None:
     """Join the halves into an ordinary PEFT adapter of the whole model.
 
-    Raises ModelError when the halves overlap or leave a layer out.
+    Raises ModelError when the halves overlap or leave a layer or a part of one out.
     """
-    overlap = front_state.keys() & back_state.keys()
-    if overlap:
-        raise ModelError(f"front and back both hold {sorted(overlap)[0]!r}: the cuts do not match")
+    _check_halves(front_state.keys(), back_state.keys())
     state = {**front_state, **back_state}
-    layers = sorted({int(match.group()) for match in map(_LAYER.search, state) if match})
-    gaps = sorted(set(range(layers[-1] + 1)) - set(layers)) if layers else [0]
-    if gaps or not front_state or not back_state:
-        raise ModelError(f"the halves hold no adapter of layer {gaps[0] if gaps else 0}")
     folder.mkdir(parents=True, exist_ok=True)
     config = lora_config(lora)
     config.base_model_name_or_path = base_model_name
     config.inference_mode = True
     config.save_pretrained(str(folder))
+    file = folder / "adapter_model.safetensors"
     save_file(
         {f"base_model.model.{name}": tensor for name, tensor in sorted(state.items())},
-        folder / "adapter_model.safetensors",
+        file,
         metadata={"format": "pt"},
     )
+    open_to_umask(file)
+
+
+def _check_halves(front: Set[str], back: Set[str]) -> None:
+    """Raises ModelError unless every layer up to the last has the same tensors, in one half."""
+    if not front or not back:
+        raise ModelError(f"the {'back' if front else 'front'}'s half holds no adapter")
+    if overlap := sorted(front & back):
+        raise ModelError(f"front and back both hold {overlap[0]!r}: the cuts do not match")
+    names = front | back
+    num_layers = 1 + max((int(n) for name in names for n in _LAYER.findall(name)), default=0)
+    expected = {_LAYER.sub(str(layer), name) for name in names for layer in range(num_layers)}
+    if missing := sorted(expected - names):
+        raise ModelError(f"the halves lack {missing[0]!r}: the cuts do not match")

@@ -48,7 +48,8 @@ class Back:
         """One micro-batch of the cohort; after the window's last one AdamW steps Φ.
 
         Returns the clients' results in the order of their parts. Raises InvalidInput, and changes
-        nothing, when a client's activations lead to values that are not finite.
+        nothing, when a client's activations are or lead to values that are not finite; raises what
+        `Optimizer.step` raises.
         """
         loss = self.spec.loss
         batch = CohortBatch(parts, self.model.device)  # step 3: S and S~ of all clients
@@ -157,12 +158,20 @@ class Back:
         ]
 
 
-def _check_finite(batch: CohortBatch, *hidden: torch.Tensor | None) -> None:
-    """Samples do not touch each other, so the rows that are not finite tell whose they are."""
+def _check_finite(
+    batch: CohortBatch, base_TD: torch.Tensor, reference_TD: torch.Tensor | None
+) -> None:
+    """Samples do not touch each other, so the rows that are not finite tell whose they are.
+
+    The activations themselves count too: no hidden state need depend on those of the last token,
+    which predicts nothing, but the adapters' gradient would.
+    """
     for part, rows in zip(batch.parts, batch.token_rows(), strict=True):
-        for hidden_TD in hidden:
-            if hidden_TD is not None and not bool(torch.isfinite(hidden_TD[rows]).all()):
-                raise InvalidInput(
-                    f"client {part.client_id!r}: its activations of {part.micro_batch.key} lead to "
-                    "hidden states that are NaN or infinite: check its front and its precision"
-                )
+        tensors = [part.micro_batch.base.activations_ND, base_TD[rows]]
+        if part.micro_batch.reference is not None and reference_TD is not None:
+            tensors += [part.micro_batch.reference.activations_ND, reference_TD[rows]]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            raise InvalidInput(
+                f"client {part.client_id!r}: its activations of {part.micro_batch.key} are or lead "
+                "to values that are NaN or infinite: check its front and its precision"
+            )

@@ -1,6 +1,7 @@
 """gRPC channels and servers: limits and keepalive that agree on both ends, health, reflection."""
 
 import ipaddress
+import re
 from collections.abc import Sequence
 
 import grpc
@@ -16,6 +17,9 @@ MAX_MESSAGE_BYTES = 2 << 20
 KEEPALIVE_SECONDS = 30
 """Both ends ping an idle connection this often, and each lets the other do so."""
 
+MAX_CONCURRENT_CALLS = 100
+"""Calls that one connection may have under way: it waits with more, which bounds their memory."""
+
 _OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -26,6 +30,7 @@ _OPTIONS = [
 ]
 _SERVER_OPTIONS = [
     *_OPTIONS,
+    ("grpc.max_concurrent_streams", MAX_CONCURRENT_CALLS),
     # Half of the other end's interval: a ping that comes a little early is no offence.
     ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
     ("grpc.so_reuseport", 0),
@@ -37,13 +42,18 @@ _CLIENT_OPTIONS = [
     ("grpc.enable_retries", 0),
 ]
 
+_ADDRESS = re.compile(r"(?P<host>[^\s:\[\]]+|\[[^\s\[\]]+\]):(?P<port>[0-9]{1,5})")
+
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port of `HOST:PORT`. Raises InvalidInput for anything else."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise InvalidInput(f"an address must be HOST:PORT with a port up to 65535, got {address!r}")
-    return host.strip("[]"), int(port)
+    """Host and port of `HOST:PORT` or `[IPV6]:PORT`. Raises InvalidInput for anything else."""
+    match = _ADDRESS.fullmatch(address)
+    if match is None or int(match["port"]) > 65535:
+        raise InvalidInput(
+            "an address must be HOST:PORT with a port up to 65535 and brackets around an IPv6 "
+            f"host, got {address!r}"
+        )
+    return match["host"].strip("[]"), int(match["port"])
 
 
 def check_open(address: str, insecure: bool) -> None:
@@ -72,8 +82,8 @@ def open_channel(address: str, insecure: bool) -> grpc.Channel:
 def make_server(service_names: Sequence[str]) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
     """A server with our error statuses, and the standard health and reflection services.
 
-    `service_names` are the full names of the services that the caller will add. Health says
-    NOT_SERVING for each until the caller changes it.
+    `service_names` are the full names of the services that the caller will add. Health knows none
+    of them until `set_serving`.
     """
     server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_SERVER_OPTIONS)
     health_servicer = health.aio.HealthServicer()

@@ -84,6 +84,10 @@ STATUS: dict[type[LesftError], Status] = {
     InternalError: Status(StatusCode.INTERNAL, 500),
 }
 
+MAX_MESSAGE_BYTES = 1000
+"""What a message may have at most: with its percent-encoding and its copy in the status details it
+must fit into HTTP/2 trailers, which gRPC cuts off at 8 KiB."""
+
 _BY_NAME = {error.__name__: error for error in STATUS}
 
 _BY_CODE: dict[StatusCode, type[LesftError]] = {
@@ -112,3 +116,16 @@ def error_for(name: str | None, code: StatusCode) -> type[LesftError]:
     if name in _BY_NAME:
         return _BY_NAME[name]
     return _BY_CODE.get(code, InternalError)
+
+
+def one_line(message: str) -> str:
+    """A message that may quote what a stranger sent, fit for logs, terminals and trailers.
+
+    Printable characters on one line, at most MAX_MESSAGE_BYTES of UTF-8; a longer one ends in "…".
+    """
+    printable = "".join(char if char.isprintable() else " " for char in message)
+    text = " ".join(printable.split())
+    if len(text.encode()) <= MAX_MESSAGE_BYTES:
+        return text
+    cut = text.encode()[: MAX_MESSAGE_BYTES - len("…".encode())]
+    return cut.decode(errors="ignore") + "…"

@@ -15,13 +15,12 @@ def model_folder(model: str) -> Path:
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
         return Path(snapshot_download(model, allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0]
+    except Exception as error:  # its HTTP library's too, which is another in every other release
+        first_line = (str(error).strip() or repr(error)).splitlines()[0]
         raise ModelError(
             f"--model {model} is neither a folder nor a model that the hub gives ({first_line})"
         ) from None

@@ -4,7 +4,7 @@ The error's class name travels as google.rpc.ErrorInfo in the standard status de
 as the status message.
 """
 
-import asyncio
+import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +12,11 @@ from typing import Any
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from lesft.errors import InternalError, LesftError, error_for, status_of
+from lesft.errors import InternalError, InvalidInput, LesftError, error_for, one_line, status_of
 
 log = logging.getLogger(__name__)
 
@@ -23,13 +24,13 @@ DOMAIN = "lesft"
 _DETAILS_KEY = "grpc-status-details-bin"
 
 
-def status_details(error: LesftError) -> bytes:
-    """The google.rpc.Status of an error, serialized."""
+def status_details(error: LesftError, message: str) -> bytes:
+    """The google.rpc.Status of an error, serialized; `message` is the call's status message."""
     info = error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=DOMAIN)
     detail = any_pb2.Any()
     detail.Pack(info)
     code = status_of(error).grpc.value[0]
-    status = status_pb2.Status(code=code, message=str(error), details=[detail])
+    status = status_pb2.Status(code=code, message=message, details=[detail])
     return bytes(status.SerializeToString())
 
 
@@ -38,13 +39,21 @@ def error_from(call: grpc.RpcError, party: str) -> LesftError:
 
     `party` says who was called, such as "server 10.0.0.5:50051"; it opens the message.
     """
-    code, message, reason = call.code(), call.details() or "", None
-    status = rpc_status.from_call(call)
-    for detail in status.details if status else ():
-        info = error_details_pb2.ErrorInfo()
-        if detail.Unpack(info) and info.domain == DOMAIN:
-            reason = info.reason
-    return error_for(reason, code)(f"{party}: {message or code.name.lower()}")
+    code, message = call.code(), call.details()
+    return error_for(_reason(call), code)(f"{party}: {message or code.name.lower()}")
+
+
+def _reason(call: grpc.RpcError) -> str | None:
+    """The class name in a call's status details; None where there is none of ours."""
+    info = error_details_pb2.ErrorInfo()
+    try:
+        status = rpc_status.from_call(call)
+        for detail in status.details if status else ():
+            if detail.Unpack(info) and info.domain == DOMAIN:
+                return str(info.reason)
+    except (DecodeError, ValueError):
+        return None  # the details are not what google.rpc.Status says, so they are not ours
+    return None
 
 
 @contextmanager
@@ -59,8 +68,8 @@ def remote_errors(party: str) -> Iterator[None]:
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Ends a call with the status of the error that its handler raised.
 
-    Anything outside our tree is a bug: it is logged with its traceback and told as INTERNAL
-    without details.
+    A message that is not the method's protobuf message counts as InvalidInput. Anything outside our
+    tree is a bug: it is logged with its traceback and told as INTERNAL without details.
     """
 
     async def intercept_service(
@@ -71,30 +80,56 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        if handler.response_streaming:
-            kind = "stream_stream" if handler.request_streaming else "unary_stream"
-            wrapped: Any = _streaming(getattr(handler, kind))
-        else:
-            kind = "stream_unary" if handler.request_streaming else "unary_unary"
-            wrapped = _unary(getattr(handler, kind))
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+        requests = "stream" if handler.request_streaming else "unary"
+        responses = "stream" if handler.response_streaming else "unary"
+        behaviour = getattr(handler, f"{requests}_{responses}")
+        read = _reader(handler.request_deserializer)
+        # gRPC reads a single request before it calls the handler, out of our reach: so it leaves
+        # that one to us. A streaming handler reads its requests itself, and the error is its own.
+        read_single, read_each = (None, read) if requests == "stream" else (read, None)
+        wrap = _generating if inspect.isasyncgenfunction(behaviour) else _awaiting
+        make = getattr(grpc, f"{requests}_{responses}_rpc_method_handler")
+        return make(wrap(behaviour, read_single), read_each, handler.response_serializer)
 
 
-def _unary(behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+_Read = Callable[[bytes], Any]
+
+
+def _reader(deserialize: _Read | None) -> _Read:
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data) if deserialize else data
+        except DecodeError:
+            raise InvalidInput(
+                f"a message of {len(data)} bytes is not of this method's type: build the client "
+                "from the same .proto files as this service"
+            ) from None
+
+    return read
+
+
+def _awaiting(
+    behaviour: Callable[..., Awaitable[Any]], read: _Read | None
+) -> Callable[..., Awaitable[Any]]:
+    """For handlers that return their response, or write their responses to the context."""
+
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
-            return await behaviour(request, context)
+            return await behaviour(read(request) if read else request, context)
         except Exception as error:
             await _abort(context, error)
 
     return call
 
 
-def _streaming(behaviour: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+def _generating(
+    behaviour: Callable[..., AsyncIterator[Any]], read: _Read | None
+) -> Callable[..., AsyncIterator[Any]]:
+    """For handlers that yield their responses."""
+
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         try:
-            async for response in behaviour(request, context):
+            async for response in behaviour(read(request) if read else request, context):
                 yield response
         except Exception as error:
             await _abort(context, error)
@@ -103,10 +138,11 @@ def _streaming(behaviour: Callable[..., AsyncIterator[Any]]) -> Callable[..., As
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
-    if isinstance(error, (grpc.aio.AbortError, asyncio.CancelledError)):
+    if isinstance(error, grpc.aio.AbortError):
         raise error
     if not isinstance(error, LesftError):
         log.error("a handler failed", exc_info=error)
         error = InternalError("internal error; the service's log has the details")
-    details = ((_DETAILS_KEY, status_details(error)),)
-    await context.abort(status_of(error).grpc, str(error), trailing_metadata=details)
+    message = one_line(str(error))
+    details = ((_DETAILS_KEY, status_details(error, message)),)
+    await context.abort(status_of(error).grpc, message, trailing_metadata=details)

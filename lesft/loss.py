@@ -48,7 +48,7 @@ def token_weights(
 ) -> torch.Tensor:
     """S_t by class (eq. 16): 1 to 2 for salient tokens, 0 to 1 for the others."""
     threshold = spec.salient_threshold
-    excess_T = ((reference_probs_T - threshold) / (1 - threshold)).clamp(min=0)
+    excess_T = ((reference_probs_T - threshold) / (1 - threshold)).clamp(0, 1)
     ratio_T = reference_probs_T / threshold
     return torch.where(
         classes_T == TokenClass.SALIENT,
@@ -66,21 +66,19 @@ def token_classes(
 ) -> torch.Tensor:
     """Each token's `TokenClass`, int64: salient is strictly above the threshold."""
     salient_T = reference_probs_T > spec.salient_threshold
-    unit_TD = F.normalize(hidden_TD.float(), dim=-1)
-    if spec.clustering == "global":
-        near_T = _near_any(unit_TD, salient_T, spec.cluster_similarity)
-    else:
-        near_T = _grown(hidden_TD.float(), salient_T, spec.cluster_similarity)
+    near = _near_any if spec.clustering == "global" else _grown
+    near_T = near(hidden_TD.float(), salient_T, spec.cluster_similarity)
     classes_T = torch.full_like(salient_T, TokenClass.IRRELEVANT, dtype=torch.long)
     classes_T[near_T] = TokenClass.SUB_SALIENT
     classes_T[salient_T] = TokenClass.SALIENT
     return classes_T
 
 
-def _near_any(unit_TD: torch.Tensor, salient_T: torch.Tensor, similarity: float) -> torch.Tensor:
+def _near_any(hidden_TD: torch.Tensor, salient_T: torch.Tensor, similarity: float) -> torch.Tensor:
     """Tokens whose largest cosine similarity to any salient token reaches the threshold."""
     if not bool(salient_T.any()):
         return torch.zeros_like(salient_T)
+    unit_TD = F.normalize(hidden_TD, dim=-1)
     cosines_TK = unit_TD @ unit_TD[salient_T].T
     return cosines_TK.amax(dim=1) >= similarity
 
@@ -89,17 +87,21 @@ def _grown(hidden_TD: torch.Tensor, salient_T: torch.Tensor, similarity: float) 
     """Tokens reached from a salient one, first to the left, then to the right.
 
     The growth goes on while the neighbour's cosine similarity to a running centre reaches the
-    threshold; the centre moves to the mean of itself and each neighbour accepted.
+    threshold; the centre moves to the mean of itself and each neighbour accepted. All salient
+    tokens grow side by side, each with a centre of its own.
     """
-    hidden_TD = hidden_TD.cpu()
-    near_T = torch.zeros(len(hidden_TD), dtype=torch.bool)
-    for start in salient_T.nonzero().flatten().tolist():
-        centre_D = hidden_TD[start]
-        for neighbours in (range(start - 1, -1, -1), range(start + 1, len(hidden_TD))):
-            for position in neighbours:
-                neighbour_D = hidden_TD[position]
-                if float(F.cosine_similarity(centre_D, neighbour_D, dim=0)) < similarity:
-                    break
-                near_T[position] = True
-                centre_D = (centre_D + neighbour_D) / 2
-    return near_T.to(salient_T.device)
+    near_T = torch.zeros_like(salient_T)
+    starts_K = salient_T.nonzero().squeeze(1)
+    centres_KD = hidden_TD[starts_K]
+    for direction in (-1, 1):
+        growing = torch.arange(len(starts_K), device=starts_K.device)  # which of the K still do
+        edges = starts_K  # where their growth has come to
+        while len(growing):
+            edges = edges + direction
+            inside = (edges >= 0) & (edges < len(hidden_TD))
+            growing, edges = growing[inside], edges[inside]
+            near = F.cosine_similarity(centres_KD[growing], hidden_TD[edges]) >= similarity
+            growing, edges = growing[near], edges[near]
+            near_T[edges] = True
+            centres_KD[growing] = (centres_KD[growing] + hidden_TD[edges]) / 2
+    return near_T

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
+from lesft.errors import InvalidInput
 from lesft.spec import OptimizerSpec
 
 
@@ -38,11 +39,16 @@ class Optimizer:
     def step(self) -> float:
         """End an accumulation window; return the gradient's norm before clipping.
 
-        Raises RuntimeError when the norm is not finite: then nothing has changed.
+        Raises InvalidInput when the norm is not finite: then nothing has changed.
         """
-        norm = torch.nn.utils.clip_grad_norm_(
-            self._parameters, self._max_grad_norm, error_if_nonfinite=True
-        )
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not bool(torch.isfinite(norm)):
+            raise InvalidInput(
+                f"the gradient's norm must be finite, got {float(norm)}: lower "
+                "optimizer.learning_rate or set optimizer.max_grad_norm, which clips the gradient"
+            )
+        torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
         self._adamw.step()
         self._schedule.step()
         self._adamw.zero_grad(set_to_none=True)

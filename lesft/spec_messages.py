@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from google.protobuf.json_format import MessageToDict, ParseDict
+from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 from pydantic import ValidationError
 
 from lesft.errors import InvalidInput
@@ -20,29 +20,35 @@ _PREFIXES = {
 
 
 def spec_to_message(spec: RunSpec) -> run_pb2.RunSpec:
-    """The message of a run spec."""
-    return ParseDict(_with_prefixes(spec.model_dump(mode="json")), run_pb2.RunSpec())
+    """The message of a run spec. Raises InvalidInput when a number is too large for its field."""
+    try:
+        return ParseDict(_with_prefixes(spec.model_dump(mode="json")), run_pb2.RunSpec())
+    except ParseError as error:
+        raise InvalidInput(f"the run spec does not fit into its message: {error}") from None
 
 
 def spec_from_message(message: run_pb2.RunSpec) -> RunSpec:
-    """The run spec of a message. Raises InvalidInput when a field breaks its rule."""
+    """The run spec of a message. Raises InvalidInput when a field is missing or breaks its rule."""
+    present = {field.name for field, _ in message.ListFields()}
+    for field in message.DESCRIPTOR.fields:
+        if field.message_type and field.name not in present:
+            raise InvalidInput(f"the run spec received cannot be used: {field.name} is missing")
+    values = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
     try:
-        return RunSpec.model_validate(_without_prefixes(_as_dict(message)))
+        return RunSpec.model_validate(_without_prefixes(values))
     except ValidationError as error:
-        raise InvalidInput(f"the run spec received cannot be used: {error}") from None
+        wrong = "; ".join(
+            f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}, got {detail['input']!r}"
+            for detail in error.errors()
+        )
+        raise InvalidInput(f"the run spec received cannot be used: {wrong}") from None
 
 
 def lora_to_message(lora: LoraSpec) -> run_pb2.LoraSpec:
     """The message of the adapters' settings."""
     return ParseDict(lora.model_dump(mode="json"), run_pb2.LoraSpec())
-
-
-def lora_from_message(message: run_pb2.LoraSpec) -> LoraSpec:
-    """The adapters' settings of a message. Raises InvalidInput when a field breaks its rule."""
-    try:
-        return LoraSpec.model_validate(_as_dict(message))
-    except ValidationError as error:
-        raise InvalidInput(f"the lora settings received cannot be used: {error}") from None
 
 
 _ENCODINGS = {"raw": tensor_pb2.ENCODING_RAW, "bf16": tensor_pb2.ENCODING_BF16}
@@ -56,12 +62,6 @@ def encoding_to_message(encoding: Encoding) -> tensor_pb2.Encoding.ValueType:
 def encoding_name(value: int) -> str:
     """Our name of a protobuf encoding, or the bare number of one we do not know."""
     return next((name for name, number in _ENCODINGS.items() if number == value), str(value))
-
-
-def _as_dict(message: run_pb2.RunSpec | run_pb2.LoraSpec) -> dict[str, Any]:
-    return MessageToDict(
-        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
 
 
 def _with_prefixes(values: dict[str, Any]) -> dict[str, Any]:

@@ -27,11 +27,11 @@ SUPPORTED_FAMILIES = (
 _PER_LAYER = ("layer_types", "no_rope_layers")
 
 
-def check_family(config: PreTrainedConfig) -> None:
+def check_family(model_type: object) -> None:
     """Raises ModelError for a family whose parity is not proven."""
-    if config.model_type not in SUPPORTED_FAMILIES:
+    if model_type not in SUPPORTED_FAMILIES:
         raise ModelError(
-            f"model family {config.model_type!r} is not supported; supported are "
+            f"model family {model_type!r} is not supported; supported are "
             f"{', '.join(SUPPORTED_FAMILIES)}"
         )
 
@@ -50,18 +50,22 @@ def default_cut_layer(num_layers: int) -> int:
     return max(1, num_layers // 4)
 
 
-def build_front(config: PreTrainedConfig, cut_layer: int) -> PreTrainedModel:
+def build_front(
+    config: PreTrainedConfig, cut_layer: int, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """Base model with `layers[:cut_layer]` and no final norm; parameters on the meta device."""
-    base: Any = _base_model(_build_whole(config, cut_layer))
+    base: Any = _base_model(_build_whole(config, cut_layer, dtype))
     base.layers = base.layers[:cut_layer]
     base.norm = torch.nn.Identity()
     _slice_config(base.config, 0, cut_layer)
     return base  # type: ignore[no-any-return]
 
 
-def build_back(config: PreTrainedConfig, cut_layer: int) -> PreTrainedModel:
+def build_back(
+    config: PreTrainedConfig, cut_layer: int, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """Causal LM with `layers[cut_layer:]` and no embedding; parameters on the meta device."""
-    model = _build_whole(config, cut_layer)
+    model = _build_whole(config, cut_layer, dtype)
     base: Any = _base_model(model)
     base.layers = base.layers[cut_layer:]
     base.embed_tokens = torch.nn.Identity()  # fed through inputs_embeds; peft looks for a module
@@ -75,15 +79,18 @@ def build_back(config: PreTrainedConfig, cut_layer: int) -> PreTrainedModel:
     return model
 
 
-def _build_whole(config: PreTrainedConfig, cut_layer: int) -> PreTrainedModel:
-    check_family(config)
+def _build_whole(config: PreTrainedConfig, cut_layer: int, dtype: torch.dtype) -> PreTrainedModel:
+    check_family(config.model_type)
     check_cut_layer(cut_layer, config.num_hidden_layers)
-    # Buffers are real: rotary frequencies are in no checkpoint and must be computed.
+    # Buffers are real: rotary frequencies are in no checkpoint and must be computed; in the dtype
+    # asked for, since some (Gemma's scale of the embedding) are rounded to it.
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            copy.deepcopy(config)
-        )
-    return model
+        try:
+            return AutoModelForCausalLM.from_config(  # type: ignore[no-any-return,no-untyped-call]
+                copy.deepcopy(config), dtype=dtype
+            )
+        except Exception as error:  # the library raises whatever a senseless value leads to
+            raise ModelError(f"config.json describes no model: {error!r}") from None
 
 
 def _slice_config(config: PreTrainedConfig, start: int, stop: int) -> None:

@@ -19,6 +19,10 @@ from lesft.v1 import training_pb2
 _ID_BYTES = 4
 _MAX_FLOAT_BYTES = 4
 
+MAX_ACTIVATION = 1e15
+"""Largest activation that the server takes, in magnitude: far above what any model computes, and
+far enough below float32's end that squares, their sums over a row, and gradients stay finite."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -28,7 +32,7 @@ class Limits:
     hidden_size: int
     vocab_size: int
 
-    def bundle_bytes(self, header: "training_pb2.MicroBatch | training_pb2.HeldOut") -> int:
+    def bundle_bytes(self, header: training_pb2.MicroBatch | training_pb2.HeldOut) -> int:
         """The most bytes that the bundle of a checked header may have."""
         tokens = sum(header.base_lengths) + sum(getattr(header, "reference_lengths", ()))
         activations = tokens * self.hidden_size * _MAX_FLOAT_BYTES
@@ -81,7 +85,7 @@ def _sample_tensors(base: Path, targets: Targets) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------------- micro-batch, server side
 
 
-def check_lengths(header: "training_pb2.MicroBatch | training_pb2.HeldOut", limits: Limits) -> None:
+def check_lengths(header: training_pb2.MicroBatch | training_pb2.HeldOut, limits: Limits) -> None:
     """Check a header's lengths. Raises InvalidInput or TooLarge."""
     spec = limits.spec
     samples = len(header.target_lengths)
@@ -114,6 +118,10 @@ def _check_path(
             raise TooLarge(
                 f"{name}: a sequence of {length} tokens, but the run's max_length is {max_length}: "
                 "skip the sample or raise --max-length on the server"
+            )
+        if length < 2:
+            raise InvalidInput(
+                f"{name}: a sequence must have at least 2 tokens, prompt and target, got {length}"
             )
         if not 1 <= target < length:
             raise InvalidInput(
@@ -161,6 +169,8 @@ def _decode_samples(
     }
     expected["targets"] = TensorSpec((sum(target_lengths),), (torch.int32,))
     tensors = decode_tensors(data, expected)
+    for name in paths:
+        _check_magnitude(name, tensors[name])
     ids_T = tensors["targets"].long()
     outside = ids_T[(ids_T < 0) | (ids_T >= limits.vocab_size)]
     if len(outside):
@@ -170,6 +180,15 @@ def _decode_samples(
         )
     tensors["targets"] = ids_T
     return tensors
+
+
+def _check_magnitude(name: str, activations_ND: torch.Tensor) -> None:
+    largest = float(activations_ND.abs().max())
+    if largest > MAX_ACTIVATION:
+        raise BundleError(
+            f"tensor {name!r} has values up to {largest:.1e} in magnitude, but activations must "
+            f"stay within {MAX_ACTIVATION:.0e}: check the client's front and its precision"
+        )
 
 
 # ---------------------------------------------------------------------- results
@@ -210,6 +229,8 @@ def result_from_message(
     }
     tensors = decode_tensors(data, expected)
     counts = tuple(header.class_counts)
+    if len(counts) not in (0, 3):
+        raise BundleError(f"class_counts must have 3 entries or none, got {len(counts)}")
     return StepResult(
         key=key,
         base_gradient_ND=tensors["base"],

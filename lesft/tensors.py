@@ -1,17 +1,29 @@
 """Named torch tensors to and from a bundle's bytes (safetensors), checked on the way in."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, deserialize
+from safetensors.torch import save
 
 from lesft.errors import BundleError
 from lesft.spec import Encoding
 
 HEADER_BYTES = 4096
 """Room for a bundle's own header beside its tensors, for limits on a bundle's size."""
+
+
+_WIRE_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    # Those below never travel; they are here to be refused by their name.
+    "F64": torch.float64,
+    "F16": torch.float16,
+    "I64": torch.int64,
+}
 
 
 @dataclass(frozen=True)
@@ -45,32 +57,52 @@ def decode_tensors(data: bytes, expected: Mapping[str, TensorSpec]) -> dict[str,
     and shape, and only finite numbers.
     """
     try:
-        tensors = load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
+        views = dict(deserialize(data))  # type: ignore[no-untyped-call]
+    except SafetensorError as error:
         raise BundleError(f"bundle is no safetensors byte string: {error}") from None
-    check_tensors(tensors, expected)
+    _check_names(views, expected)
+    # Nothing becomes a tensor before its dtype and shape are known to be as expected.
+    tensors = {name: _decoded(name, views[name], spec) for name, spec in expected.items()}
+    for name, tensor in tensors.items():
+        _check_finite(name, tensor)
     return tensors
+
+
+def _decoded(name: str, view: Mapping[str, Any], spec: TensorSpec) -> torch.Tensor:
+    dtype = _WIRE_DTYPES.get(view["dtype"], view["dtype"])
+    _check_kind(name, dtype, view["shape"], spec)
+    if not view["data"]:
+        return torch.empty(spec.shape, dtype=dtype)
+    return torch.frombuffer(view["data"], dtype=dtype).reshape(spec.shape)
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, TensorSpec]) -> None:
     """Raises BundleError unless names, dtypes and shapes are as expected and all is finite."""
-    if tensors.keys() != expected.keys():
-        names = sorted(tensors.keys() ^ expected.keys())
+    _check_names(tensors, expected)
+    for name, spec in expected.items():
+        _check_kind(name, tensors[name].dtype, tensors[name].shape, spec)
+        _check_finite(name, tensors[name])
+
+
+def _check_names(found: Mapping[str, object], expected: Mapping[str, object]) -> None:
+    if found.keys() != expected.keys():
+        names = sorted(found.keys() ^ expected.keys())
         raise BundleError(
-            f"{len(expected)} tensors expected, got {len(tensors)}; "
+            f"{len(expected)} tensors expected, got {len(found)}; "
             f"{'missing' if names[0] in expected else 'not expected'}: {names[0]!r}"
         )
-    for name, spec in expected.items():
-        _check_tensor(name, tensors[name], spec)
 
 
-def _check_tensor(name: str, tensor: torch.Tensor, spec: TensorSpec) -> None:
-    if tensor.dtype not in spec.dtypes:
+def _check_kind(
+    name: str, dtype: torch.dtype | str, shape: Sequence[int], spec: TensorSpec
+) -> None:
+    if dtype not in spec.dtypes:
         allowed = " or ".join(map(str, spec.dtypes))
-        raise BundleError(f"tensor {name!r} must be {allowed}, got {tensor.dtype}")
-    if tuple(tensor.shape) != spec.shape:
-        raise BundleError(
-            f"tensor {name!r} must have shape {list(spec.shape)}, got {list(tensor.shape)}"
-        )
+        raise BundleError(f"tensor {name!r} must be {allowed}, got {dtype}")
+    if tuple(shape) != spec.shape:
+        raise BundleError(f"tensor {name!r} must have shape {list(spec.shape)}, got {list(shape)}")
+
+
+def _check_finite(name: str, tensor: torch.Tensor) -> None:
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise BundleError(f"tensor {name!r} has values that are NaN or infinite")

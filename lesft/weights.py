@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from lesft.errors import ModelError
 from lesft.split import build_back, build_front, check_cut_layer, check_family
 
-# What may differ between two copies of one model without any effect on its numbers.
+# What may differ between two copies of one model without any effect on its numbers; not used.
 _VOLATILE_CONFIG = {
     *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"),
-    *("use_cache", "_attn_implementation", "quantization_config"),
+    *("use_cache", "_attn_implementation", "attn_implementation", "auto_map"),
+    "quantization_config",
 }
+_STORED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
 
@@ -40,7 +43,10 @@ class Checkpoint:
             raise ModelError(
                 f"{folder} has no config.json: give a folder in Hugging Face layout or a hub id"
             )
-        self.config_json = config_file.read_text()
+        try:
+            self.config_json = config_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{config_file} cannot be read: {error}") from None
         self.config = parse_config(self.config_json)
         files = sorted(folder.glob("*.safetensors"))
         if not files:
@@ -51,7 +57,7 @@ class Checkpoint:
         for file in files:
             try:
                 handle: Any = safe_open(file, framework="pt")
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise ModelError(f"{file} is no whole safetensors file: {error}") from None
             self._files.update(dict.fromkeys(handle.keys(), handle))
 
@@ -85,13 +91,19 @@ def parse_config(config_json: str) -> PreTrainedConfig:
     """The config of a config.json. Raises ModelError when it is none or not supported."""
     try:
         values = json.loads(config_json)
-        model_type = values.pop("model_type")
-        values.pop("auto_map", None)
-        config = AutoConfig.for_model(model_type, **values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"config.json is no JSON: {error}") from None
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise ModelError("config.json names no model_type: is it a model's?")
+    check_family(values["model_type"])
+    try:
+        return AutoConfig.for_model(**_lasting(values))
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelError(f"config.json cannot be used: {error}") from None
-    check_family(config)
-    return config
+
+
+def _lasting(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _VOLATILE_CONFIG}
 
 
 # ---------------------------------------------------------------------- loading
@@ -101,7 +113,7 @@ def load_front(
     checkpoint: Checkpoint, cut_layer: int, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """The front with frozen weights in eval mode; reads only its own tensors."""
-    front = build_front(checkpoint.config, cut_layer)
+    front = build_front(checkpoint.config, cut_layer, dtype)
     names = {name: f"model.{name}" for name in front.state_dict()}
     return _load(front, checkpoint, names, dtype, device)
 
@@ -111,11 +123,11 @@ def load_back(
 ) -> PreTrainedModel:
     """The back with frozen weights in eval mode; reads only its own tensors.
 
-    A tied LM head takes the embedding's table.
+    A tied LM head takes the embedding's table, unless the files hold one of its own.
     """
-    back = build_back(checkpoint.config, cut_layer)
+    back = build_back(checkpoint.config, cut_layer, dtype)
     names = {name: _whole_name(name, cut_layer) for name in back.state_dict()}
-    if checkpoint.config.tie_word_embeddings or _HEAD not in checkpoint:
+    if checkpoint.config.tie_word_embeddings and _HEAD not in checkpoint:
         names[_HEAD] = _EMBEDDING
     return _load(back, checkpoint, names, dtype, device)
 
@@ -138,6 +150,11 @@ def _load(
     state = {}
     for name, whole_name in names.items():
         tensor = checkpoint.read(whole_name)
+        if tensor.dtype not in _STORED_DTYPES:
+            raise ModelError(
+                f"{checkpoint.folder}: tensor {whole_name!r} is stored as {tensor.dtype}; give a "
+                "copy of the model that is not quantised"
+            )
         if tensor.shape != empty[name].shape:
             raise ModelError(
                 f"{checkpoint.folder}: tensor {whole_name!r} must have shape "
@@ -161,12 +178,11 @@ def front_fingerprint(checkpoint: Checkpoint, cut_layer: int) -> str:
     The same for a whole checkpoint, sharded or not, and for a folder with just the front.
     """
     values = json.loads(checkpoint.config_json)
-    config = {key: value for key, value in values.items() if key not in _VOLATILE_CONFIG}
     tensors = [
         [name, *checkpoint.dtype_and_shape(name), _sha256(checkpoint.read(name))]
         for name in checkpoint.front_names(cut_layer)
     ]
-    text = json.dumps({"config": config, "tensors": tensors}, sort_keys=True)
+    text = json.dumps({"config": _lasting(values), "tensors": tensors}, sort_keys=True)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -6,7 +6,7 @@ import grpc
 import torch
 
 from lesft.bundle import BundleReader, bundle_chunks, bundle_info
-from lesft.errors import BundleError, OutOfOrder
+from lesft.errors import BundleError, LesftError, OutOfOrder
 from lesft.interceptors import remote_errors
 from lesft.spec import PROTOCOL_VERSION
 from lesft.tensors import HEADER_BYTES, TensorSpec, decode_tensors, encode_tensors
@@ -35,6 +35,8 @@ class Aggregator:
         self._num_samples = num_samples
         self._patience_seconds = patience_seconds
         self._wire = wire
+        self._fetching: grpc.Call | None = None
+        self._run_end: LesftError | None = None
 
     def join(self) -> int:
         """Introduce this client; returns the newest version. Raises what it is refused with."""
@@ -70,11 +72,12 @@ class Aggregator:
             for chunk in bundle_chunks(data):
                 yield self._sent(aggregation_pb2.SubmitRequest(chunk=chunk))
 
-        def call() -> None:
+        def call() -> aggregation_pb2.SubmitResponse:
             with remote_errors(self._party):
-                self._stub.Submit(messages())
+                return self._stub.Submit(messages())
 
-        patiently(call, self._patience_seconds)
+        response = patiently(call, self._patience_seconds)
+        self._wire.add("down", "other", response.ByteSize())
 
     def _sent(self, message: aggregation_pb2.SubmitRequest) -> aggregation_pb2.SubmitRequest:
         self._wire.add("up", "adapters", message.ByteSize())
@@ -91,10 +94,28 @@ class Aggregator:
         max_bytes = sum(t.numel() * 4 for t in like.values()) + HEADER_BYTES + 256 * len(like)
 
         def call() -> bytes:
+            self._wire.add("up", "other", request.ByteSize())
+            responses = self._fetching = self._stub.Fetch(request)
+            if self._run_end is not None:
+                responses.cancel()
             with remote_errors(self._party):
-                return self._read(self._stub.Fetch(request), version, max_bytes)
+                return self._read(responses, version, max_bytes)
 
-        return decode_tensors(patiently(call, self._patience_seconds), expected)
+        data = patiently(call, self._patience_seconds, self._raise_run_end)
+        return decode_tensors(data, expected)
+
+    def end(self, error: LesftError) -> None:
+        """The run is over: a version that is waited for will not come. `fetch` raises `error`.
+
+        Called from another thread than `fetch`.
+        """
+        self._run_end = error
+        if self._fetching is not None:
+            self._fetching.cancel()
+
+    def _raise_run_end(self) -> None:
+        if self._run_end is not None:
+            raise self._run_end
 
     def _read(
         self, responses: Iterator[aggregation_pb2.FetchResponse], version: int, max_bytes: int

@@ -55,24 +55,32 @@ def fetched_checkpoint(
     does not have the fingerprint that the server named; it is deleted then.
     """
     fingerprint = description.spec.front_fingerprint
-    folder = cache.expanduser() / f"front-{fingerprint.removeprefix('sha256:')[:32]}"
+    folder = cache / f"front-{fingerprint.removeprefix('sha256:')[:32]}"
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         if not (folder / WEIGHTS_FILE).exists():
             write_atomically(folder / "config.json", description.config_json.encode())
             part = folder / f"{WEIGHTS_FILE}.part"
             download = _Download(stub, fingerprint, part, description.front_bytes, party, wire)
-            patiently(lambda: download.resume(progress), patience_seconds)
+            patiently(lambda: download.resume(progress), patience_seconds, progress=download.size)
             part.replace(folder / WEIGHTS_FILE)
             sync_folder(folder)
+        return _verified(folder, fingerprint, description.spec.cut_layer)
+
+
+def _verified(folder: Path, fingerprint: str, cut_layer: int) -> Checkpoint:
+    """The folder's checkpoint; without the right fingerprint, the weights are deleted."""
+    try:
         checkpoint = Checkpoint(folder)
-        found = front_fingerprint(checkpoint, description.spec.cut_layer)
-        if found != fingerprint:
-            (folder / WEIGHTS_FILE).unlink()
-            raise HandshakeMismatch(
-                f"front_fingerprint: server {fingerprint}, fetched {found}; the cached copy "
-                "was deleted, start again to fetch it anew"
-            )
+        found = front_fingerprint(checkpoint, cut_layer)
+    except ValueError as error:
+        found = f"what cannot be read ({error})"
+    if found != fingerprint:
+        (folder / WEIGHTS_FILE).unlink()
+        raise HandshakeMismatch(
+            f"front_fingerprint: server {fingerprint}, fetched {found}; the copy in --cache was "
+            "deleted, start again to fetch it anew"
+        )
     return checkpoint
 
 
@@ -95,13 +103,20 @@ class _Download:
         self._party = party
         self._wire = wire
 
+    def size(self) -> int:
+        """Bytes that are there already."""
+        return self._part.stat().st_size if self._part.exists() else 0
+
     def resume(self, progress: Callable[[int, int], None]) -> None:
         """Fetch what is missing. Raises Unreachable when the connection breaks; then call again."""
         with self._part.open("ab") as file, remote_errors(self._party):
-            offset = file.tell()
+            if file.tell() > self._total_bytes:
+                file.truncate(0)  # no part of this front, whatever it is
+            offset = file.seek(0, os.SEEK_END)
             request = model_pb2.FetchFrontRequest(
                 front_fingerprint=self._fingerprint, offset_bytes=offset
             )
+            self._wire.add("up", "other", request.ByteSize())
             for piece in self._stub.FetchFront(request):
                 self._wire.add("down", "other", piece.ByteSize())
                 self._check(piece, offset)
@@ -123,7 +138,10 @@ class _Download:
         if offset + len(piece.data) > self._total_bytes:
             raise TooLarge(f"{self._party}: sent more than the front's {self._total_bytes} bytes")
         if zlib.crc32(piece.data) != piece.crc32:
-            raise BundleError(f"{self._party}: the front's piece at byte {offset} was damaged")
+            raise BundleError(
+                f"{self._party}: the front's piece at byte {offset} was damaged on the way; start "
+                "again to go on from there"
+            )
 
 
 @contextmanager

@@ -3,9 +3,8 @@
 import logging
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
-
-from lesft.errors import LesftError, RunStopped
 
 USAGE = """\
 usage: lesft-client COMMAND [OPTIONS]
@@ -19,6 +18,8 @@ commands:
 lesft-client COMMAND --help lists the command's options.
 """
 
+EXIT_FAILED = 1
+EXIT_USAGE = 2
 EXIT_STOPPED_BY_OTHERS = 3
 """The run ended early because of another party; tells a cause from its consequences."""
 
@@ -35,22 +36,29 @@ def main(argv: list[str] | None = None) -> None:
     commands = {"train": _train, "data": _data}
     if command not in commands:
         print(f"lesft-client: unknown command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(EXIT_USAGE)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        commands[command](rest)
+        _run(commands[command](rest))
+    except KeyboardInterrupt:
+        _fail("stopped", EXIT_INTERRUPTED)
+
+
+def _run(command: Callable[[], None]) -> None:
+    # Only now: gRPC takes longer to load than --help may take.
+    from lesft.errors import LesftError, RunStopped
+
+    try:
+        command()
     except RunStopped as error:
         _fail(error, EXIT_STOPPED_BY_OTHERS)
-    except LesftError as error:
-        _fail(error, 1)
-    except KeyboardInterrupt:
-        print("lesft-client: stopped", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
+    except (LesftError, OSError) as error:
+        _fail(error, EXIT_FAILED)
 
 
-def _fail(error: LesftError, status: int) -> None:
-    print(f"lesft-client: {error}", file=sys.stderr)
+def _fail(reason: Exception | str, status: int) -> None:
+    print(f"lesft-client: {reason}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -58,24 +66,32 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-# The commands' own imports wait until their options are parsed: --help must not load torch.
+# Each command reads its options, and returns what is to be run with them.
 
 
-def _train(argv: list[str]) -> None:
+def _train(argv: list[str]) -> Callable[[], None]:
     from lesft.settings import load_settings
     from lesft_client.settings import TrainSettings
 
     settings = load_settings(TrainSettings, "lesft-client train", argv)
-    from lesft_client.train import TrainCommand
 
-    TrainCommand(settings).run()
+    def run() -> None:
+        from lesft_client.train import TrainCommand
+
+        TrainCommand(settings).run()
+
+    return run
 
 
-def _data(argv: list[str]) -> None:
+def _data(argv: list[str]) -> Callable[[], None]:
     from lesft.settings import load_settings
     from lesft_client.settings import ExportDataSettings
 
     settings = load_settings(ExportDataSettings, "lesft-client data", argv)
-    from lesft_client.data_command import export_data
 
-    export_data(settings)
+    def run() -> None:
+        from lesft_client.data_command import export_data
+
+        export_data(settings)
+
+    return run

@@ -12,27 +12,46 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_SHORTEST_PAUSE_SECONDS = 0.1
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 10.0
 
+_ANSWERED_SECONDS = 60.0
+"""A call that lasted longer had reached its service: gRPC gives up connecting after 20 s, and its
+keepalive finds a dead connection within 50."""
 
-def patiently(call: Callable[[], T], patience_seconds: float) -> T:
+
+def patiently(
+    call: Callable[[], T],
+    patience_seconds: float,
+    still_wanted: Callable[[], None] = lambda: None,
+    progress: Callable[[], int] = lambda: 0,
+) -> T:
     """Call until it no longer raises Unreachable; only for calls that are safe to repeat.
 
-    Pauses grow from half a second to ten, with jitter so that clients do not come all at once.
-    Raises the last Unreachable, with the time spent, when patience is at its end.
+    `still_wanted` is asked before each new try, and raises when nothing would come of one.
+    Pauses grow from half a second to ten, with jitter so that clients do not come all at once; the
+    last one ends with the patience. Then it raises the last Unreachable, with the time spent.
+    Patience starts anew after a call that `progress` differs after, or that waited long for its
+    answer: it is for services that are away, not for work that takes its time.
     """
-    start, pause = time.monotonic(), _FIRST_PAUSE_SECONDS
+    since, next_pause, done = time.monotonic(), _FIRST_PAUSE_SECONDS, progress()
     while True:
+        began = time.monotonic()
         try:
             return call()
         except Unreachable as error:
-            waited = time.monotonic() - start
-            if waited + pause > patience_seconds:
+            still_wanted()
+            now = time.monotonic()
+            if now - began > _ANSWERED_SECONDS or progress() != done:
+                since, next_pause, done = now, _FIRST_PAUSE_SECONDS, progress()
+            waited = now - since
+            if waited > patience_seconds - _SHORTEST_PAUSE_SECONDS:
                 raise Unreachable(
                     f"{error} (tried for {waited:.0f} s; is it running and is the address right? "
                     "--patience-seconds waits longer)"
                 ) from None
+            pause = min(next_pause * random.uniform(0.8, 1.2), patience_seconds - waited)
             log.warning("%s; trying again in %.1f s", error, pause)
-        time.sleep(pause * random.uniform(0.8, 1.2))
-        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+        time.sleep(pause)
+        next_pause = min(2 * next_pause, _LONGEST_PAUSE_SECONDS)

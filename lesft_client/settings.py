@@ -1,9 +1,10 @@
 """The client's settings, one model per command."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from lesft.settings import ServiceSettings
@@ -22,10 +23,23 @@ class DataSettings(ServiceSettings):
     )
     share: str = Field(
         "1/1",
-        pattern=r"^[1-9]\d*/[1-9]\d*$",
         description="Which of several equal shares of the data is this client's, such as 2/4.",
     )
     data_seed: int = Field(0, ge=0, description="Seed of the sharing and of generated problems.")
+
+    @field_validator("share")
+    @classmethod
+    def _is_one_of_the_shares(cls, value: str) -> str:
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", value, re.ASCII)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            raise ValueError("must be I/N with I from 1 to N, such as 2/4 for the second of four")
+        return value
+
+    @property
+    def share_parts(self) -> tuple[int, int]:
+        """Which share it is, counted from 1, and of how many."""
+        number, of = self.share.split("/")
+        return int(number), int(of)
 
 
 class ExportDataSettings(DataSettings):
@@ -36,6 +50,10 @@ class ExportDataSettings(DataSettings):
     config: Path | None = Field(None, description="TOML file with any of these settings.")
     output: Path | None = Field(None, description="File to write; none writes to the terminal.")
     split: Literal["train", "test"] = Field("train", description="Which samples.")
+
+
+class RequiredLora(LoraSpec):
+    """Refuse a run with other adapters; what is not given here is the server's."""
 
 
 class TrainSettings(DataSettings):
@@ -51,7 +69,9 @@ class TrainSettings(DataSettings):
     )
     state: Path = Field(description="Folder for what this client keeps.")
     client_id: str = Field(
-        "", description="Name of this client, unique in the run; empty takes the host's name."
+        "",
+        pattern=r"^[A-Za-z0-9._-]{0,64}$",
+        description="Name of this client, unique in the run; empty takes the host's name.",
     )
     control: str = Field("127.0.0.1:8050", description="HOST:PORT of the local control API.")
     insecure: bool = Field(
@@ -82,7 +102,13 @@ class TrainSettings(DataSettings):
     progress: Literal["auto", "bar", "lines"] = Field(
         "auto", description="A progress bar, or a line per round; auto asks the terminal."
     )
-    cut_layer: int | None = Field(None, ge=1, description="Insist on this cut layer.")
-    lora: LoraSpec | None = Field(None, description="Insist on these adapters.")
-    activation_encoding: Encoding | None = Field(None, description="Insist on this encoding.")
-    gradient_encoding: Encoding | None = Field(None, description="Insist on this encoding.")
+    cut_layer: int | None = Field(
+        None, ge=1, description="Refuse a run with another cut layer; by default any will do."
+    )
+    activation_encoding: Encoding | None = Field(
+        None, description="Refuse a run with another encoding of activations."
+    )
+    gradient_encoding: Encoding | None = Field(
+        None, description="Refuse a run with another encoding of gradients."
+    )
+    lora: RequiredLora | None = None

@@ -44,10 +44,13 @@ class Status:
     """Tokens sent through the front for training, on both paths."""
     loss_by_round: list[float] = field(default_factory=list)
     training_since: float | None = None
+    training_until: float | None = None
 
     def training_seconds(self) -> float:
-        """Seconds since the first round began."""
-        return time.monotonic() - self.training_since if self.training_since else 0.0
+        """Seconds from the start of the first round to the end of the last, or to now."""
+        if self.training_since is None:
+            return 0.0
+        return (self.training_until or time.monotonic()) - self.training_since
 
     def seconds_left(self) -> float | None:
         """Estimate from the mean round so far; None before the first round's end."""

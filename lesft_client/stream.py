@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import grpc
@@ -22,7 +22,9 @@ from lesft.step_messages import (
 from lesft.v1 import training_pb2, training_pb2_grpc
 from lesft_client.wire import Kind, WireCounter, encoded_bytes
 
-_LEAVE_SECONDS = 10
+_LEAVE_SECONDS = 3
+"""How long to wait until the server has read the leave and closed the stream."""
+_BROKEN_OFF = "the connection broke off in mid-run; look at the server's log, then start again"
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,19 @@ class ServerStream:
         limits: Limits,
         party: str,
         wire: WireCounter,
+        on_end: Callable[[LesftError], None] = lambda error: None,
     ) -> None:
-        """Open the session. Raises what the server refuses it with, or Unreachable."""
+        """Open the session. Raises what the server refuses it with, or Unreachable.
+
+        `on_end` is told why the session is over, in a thread of ours, as soon as it is.
+        """
         self._limits = limits
         self._party = party
         self._wire = wire
+        self._on_end = on_end
         self._outgoing: queue.Queue[_Outgoing | None] = queue.Queue()
         self._unanswered: queue.Queue[MicroBatch | _HeldOut] = queue.Queue()
-        self._answers: queue.Queue[_Answer | LesftError | None] = queue.Queue()
+        self._answers: queue.Queue[_Answer | LesftError] = queue.Queue()
         self._outgoing.put(training_pb2.TrainRequest(open=opening))
         self._responses = training_pb2_grpc.TrainingServiceStub(channel).Train(self._requests())
         self.spec = self._opened()
@@ -94,8 +101,6 @@ class ServerStream:
 
     def _next_answer(self) -> _Answer:
         answer = self._answers.get()
-        if answer is None:
-            raise Unreachable(f"{self._party}: closed the stream in mid-run")
         if isinstance(answer, LesftError):
             raise answer
         return answer
@@ -149,14 +154,18 @@ class ServerStream:
         return spec_from_message(response.opened.spec)
 
     def _receive_all(self) -> None:
+        end: LesftError = Unreachable(f"{self._party}: {_BROKEN_OFF}")
         try:
             with remote_errors(self._party):
                 for response in self._responses:
                     self._answers.put(self._receive(response))
+        except Unreachable as error:
+            end = Unreachable(f"{error}: {_BROKEN_OFF}")
         except LesftError as error:
-            self._answers.put(error)
-        else:
-            self._answers.put(None)
+            end = error
+        finally:
+            self._answers.put(end)
+            self._on_end(end)
 
     def _receive(self, response: training_pb2.TrainResponse) -> _Answer:
         asked = self._unanswered.get()

@@ -16,7 +16,7 @@ from lesft.adapters import attach_lora
 from lesft.channel import open_channel
 from lesft.control import ControlServer, write_endpoints
 from lesft.device import choose_device
-from lesft.errors import LesftError, ModelError
+from lesft.errors import DataError, LesftError, ModelError
 from lesft.files import write_atomically
 from lesft.interceptors import remote_errors
 from lesft.spec import PROTOCOL_VERSION, RunSpec
@@ -60,9 +60,9 @@ class TrainCommand:
         settings = self._settings
         settings.state.mkdir(parents=True, exist_ok=True)
         control = ControlServer(make_app(self._status), settings.insecure)
-        address = control.start_in_thread(settings.control)
-        write_endpoints(settings.state, {"control": address})
         try:
+            address = control.start_in_thread(settings.control)
+            write_endpoints(settings.state, {"control": address})
             with (
                 open_channel(settings.server, settings.insecure) as server,
                 open_channel(settings.aggregator, settings.insecure) as aggregator,
@@ -82,6 +82,7 @@ class TrainCommand:
 
         training, held_out = self._samples(spec)
         front, fingerprint = self._front(models, description, spec)
+        self._check_vocabulary([*training, *held_out], front, spec)
         averaging = Aggregator(
             aggregator,
             f"aggregator {settings.aggregator}",
@@ -98,8 +99,11 @@ class TrainCommand:
             Limits(spec, front.model.config.hidden_size, front.model.config.vocab_size),
             self._server,
             self._wire,
+            on_end=averaging.end,
         )
         self._seconds["preparing"] = time.monotonic() - start
+        if spec.clients > 1:
+            self._display.say(f"joined; the run begins when all its {spec.clients} clients have")
         try:
             trainer = Trainer(front, stream, averaging, training, self._status, settings.in_flight)
             before = self._score(trainer, held_out, "held_out_before")
@@ -112,6 +116,9 @@ class TrainCommand:
             raise
         except LesftError as error:
             stream.leave(str(error))
+            raise
+        except Exception:
+            stream.leave("it failed; its own log has the details")
             raise
         stream.leave("")
         self._finish(trainer, front, before, after)
@@ -140,7 +147,15 @@ class TrainCommand:
 
         def encoded(split: Split) -> list[EncodedSample]:
             samples = samples_of(settings, split)
-            kept, skipped = encode_samples(samples, tokenizer, max_length)
+            try:
+                kept, skipped = encode_samples(samples, tokenizer, max_length)
+            except DataError as error:
+                if max_length < spec.max_length:
+                    raise
+                raise DataError(
+                    f"{error}; {max_length} is the run's limit, which its server sets by "
+                    "--max-length"
+                ) from None
             self._status.skipped_samples += skipped
             if skipped:
                 self._display.say(
@@ -159,12 +174,14 @@ class TrainCommand:
         description: model_pb2.DescribeRunResponse,
         spec: RunSpec,
     ) -> tuple[Front, str]:
-        """The front with fresh adapters, and the fingerprint of what was really loaded."""
+        """The front of the run with fresh adapters, and the fingerprint of its weights."""
         settings = self._settings
         checkpoint = local_checkpoint(settings.model, settings.weights)
-        if checkpoint is None:
+        if checkpoint is not None:
+            fingerprint = front_fingerprint(checkpoint, spec.cut_layer)
+        else:
             megabytes = description.front_bytes // 1_000_000
-            with self._display.phase(f"fetching the front ({megabytes} MB)", megabytes):
+            with self._display.phase(f"getting the front ({megabytes} MB)", megabytes):
                 checkpoint = fetched_checkpoint(
                     models,
                     description,
@@ -174,25 +191,36 @@ class TrainCommand:
                     self._wire,
                     lambda done, total: self._display.advance(done // 1_000_000),
                 )
-        cut_layer = settings.cut_layer or spec.cut_layer
+            fingerprint = spec.front_fingerprint  # it was verified
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-        model = load_front(checkpoint, cut_layer, dtype, choose_device(settings.device))
-        attach_lora(model, settings.lora or spec.lora, spec.seed, 0)
-        front = Front(model, spec, self._status.client_id, settings.precision)
-        return front, front_fingerprint(checkpoint, cut_layer)
+        model = load_front(checkpoint, spec.cut_layer, dtype, choose_device(settings.device))
+        attach_lora(model, spec.lora, spec.seed, 0)
+        return Front(model, spec, self._status.client_id, settings.precision), fingerprint
+
+    def _check_vocabulary(self, samples: list[EncodedSample], front: Front, spec: RunSpec) -> None:
+        """Raises ModelError when the tokenizer cannot be the model's."""
+        largest = max(max(s.base_ids + s.reference_ids + s.target_ids) for s in samples)
+        num_tokens = front.model.config.vocab_size
+        if largest >= num_tokens:
+            raise ModelError(
+                f"--model {self._settings.model}: its tokenizer gives token {largest}, but the "
+                f"run's model knows {num_tokens} tokens only: use the tokenizer of "
+                f"{spec.model_name}"
+            )
 
     def _opening(
         self, spec: RunSpec, fingerprint: str, num_samples: int
     ) -> training_pb2.OpenSession:
-        """What this client is and has built, for the server to compare with its run."""
+        """What this client is and insists on, for the server to compare with its run."""
         settings = self._settings
+        required_lora = settings.lora.model_dump(exclude_unset=True) if settings.lora else {}
         return training_pb2.OpenSession(
             protocol_version=PROTOCOL_VERSION,
             client_id=self._status.client_id,
             run_id=spec.run_id,
             front_fingerprint=fingerprint,
             cut_layer=settings.cut_layer or spec.cut_layer,
-            lora=lora_to_message(settings.lora or spec.lora),
+            lora=lora_to_message(spec.lora.model_copy(update=required_lora)),
             activation_encoding=encoding_to_message(
                 settings.activation_encoding or spec.activation_encoding
             ),
@@ -206,12 +234,13 @@ class TrainCommand:
     # ------------------------------------------------------------------ around training
 
     def _score(self, trainer: Trainer, held_out: list[EncodedSample], name: str) -> HeldOut:
+        if not held_out:
+            return HeldOut(0.0, 0)
         start = time.monotonic()
         with self._display.phase(f"scoring {len(held_out)} held-out samples", len(held_out)):
             score = trainer.score(held_out, self._display.advance)
         self._seconds[name] = time.monotonic() - start
-        if score.tokens:
-            self._display.say(f"held-out -log P per token: {score.nll_sum / score.tokens:.4f}")
+        self._display.say(f"held-out -log P per token: {score.nll_sum / score.tokens:.4f}")
         return score
 
     def _finish(self, trainer: Trainer, front: Front, before: HeldOut, after: HeldOut) -> None:

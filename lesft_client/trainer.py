@@ -76,6 +76,7 @@ class Trainer:
                 self._aggregate()
             self._status.loss_by_round.append(sum(losses) / len(losses))
             on_round()
+        self._status.training_until = time.monotonic()
 
     def _train_round(self, round_index: int) -> list[float]:
         """One accumulation window and its optimizer step.

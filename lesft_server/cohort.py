@@ -14,7 +14,7 @@ from lesft.files import write_atomically
 from lesft.micro_batch import MicroBatch, StepKey, StepResult
 from lesft.tensors import encode_tensors
 from lesft_server.device_thread import DeviceThread
-from lesft_server.run import RoundRecord, Run
+from lesft_server.run import RoundRecord, Run, RunState
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,13 @@ class Cohort:
             step.add_done_callback(self._steps.discard)
         return await future
 
+    def withdraw(self, client_id: str) -> None:
+        """Drop the parts of a client that is gone, but for those whose step has been started."""
+        for key, waiting in list(self._waiting.items()):
+            waiting.pop(client_id, None)
+            if not waiting:
+                del self._waiting[key]
+
     async def _step(self, key: StepKey, waiting: _Waiting) -> None:
         """Run a complete cohort in client-id order and hand out the results."""
         shares = self._run.shares()
@@ -61,9 +68,9 @@ class Cohort:
             if not isinstance(error, LesftError):
                 log.exception("%s failed", key)
                 error = RunStopped(f"{key} failed on the server; its log has the details")
-            self._run.stop(str(error))
-            for _, future in waiting.values():
-                future.cancel()
+            self._run.stop(str(error))  # ends every call that waits for this step
+            return
+        if self._run.state is not RunState.TRAINING:
             return
         self._record(key, list(shares.values()), results)
         for name, result in zip(shares, results, strict=True):
@@ -73,6 +80,8 @@ class Cohort:
 
     def _train(self, key: StepKey, parts: list[Part]) -> list[StepResult]:
         """On the device thread. Φ is on disk before anyone hears that the last step is done."""
+        if self._run.state is not RunState.TRAINING:
+            raise RunStopped(f"{key} came too late")
         results = self._back.train_step(key, parts)
         if key.following(self._run.spec.accumulation).round == self._run.spec.rounds:
             state = lora_state(self._back.model, self._run.spec.cut_layer)

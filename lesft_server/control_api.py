@@ -1,6 +1,8 @@
 """The server's control API."""
 
-from fastapi import FastAPI
+from typing import Annotated
+
+from fastapi import FastAPI, Query
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -83,9 +85,9 @@ def make_app(run: Run) -> FastAPI:
         ]
 
     @app.get("/v1/rounds")
-    async def get_rounds(first: int = 0) -> list[RoundBody]:
+    async def get_rounds(first: Annotated[int, Query(ge=0)] = 0) -> list[RoundBody]:
         """The finished rounds from `first` on."""
-        return [RoundBody(**vars(record)) for record in run.rounds[max(0, first) :]]
+        return [RoundBody(**vars(record)) for record in run.rounds[first:]]
 
     return app
 

@@ -4,7 +4,7 @@ import re
 
 from lesft.errors import HandshakeMismatch, InvalidInput
 from lesft.spec import PROTOCOL_VERSION, RunSpec
-from lesft.spec_messages import encoding_name, lora_from_message
+from lesft.spec_messages import encoding_name
 from lesft.v1 import training_pb2
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -27,9 +27,10 @@ def check_opening(opening: training_pb2.OpenSession, spec: RunSpec) -> None:
         raise InvalidInput("num_samples must be at least 1, got 0: the client has no data")
     _check("run_id", spec.run_id, opening.run_id, "join the run that the server names")
     _check("cut_layer", spec.cut_layer, opening.cut_layer, "leave the client's --cut-layer out")
-    lora = lora_from_message(opening.lora)
     for name, ours in spec.lora:
-        _check(f"lora.{name}", ours, getattr(lora, name), "leave the client's LoRA options out")
+        theirs = getattr(opening.lora, name)
+        theirs = tuple(theirs) if isinstance(ours, tuple) else theirs
+        _check(f"lora.{name}", ours, theirs, "leave the client's LoRA options out")
     _check(
         "front_fingerprint",
         spec.front_fingerprint,
@@ -37,11 +38,9 @@ def check_opening(opening: training_pb2.OpenSession, spec: RunSpec) -> None:
         "the client's weights or config are not the server's; let it fetch them with "
         "--weights server",
     )
-    for name, theirs in (
-        ("activation_encoding", opening.activation_encoding),
-        ("gradient_encoding", opening.gradient_encoding),
-    ):
-        _check(name, getattr(spec, name), encoding_name(theirs), f"leave the client's {name} out")
+    for name in ("activation_encoding", "gradient_encoding"):
+        theirs = encoding_name(getattr(opening, name))
+        _check(name, getattr(spec, name), theirs, f"leave the client's {name} out")
     _check(
         "rounds_completed",
         0,
@@ -58,4 +57,5 @@ def _check(name: str, server: object, client: object, way_out: str) -> None:
 
 
 def _text(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text or "none"

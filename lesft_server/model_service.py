@@ -21,9 +21,12 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     """Keeper of the base weights."""
 
     def __init__(self, spec: RunSpec, config_json: str, front_file: FrontFile) -> None:
-        self._spec = spec
-        self._config_json = config_json
+        """Reads the front once, for its size. Raises InvalidInput for a spec that cannot travel."""
+        self._front_fingerprint = spec.front_fingerprint
         self._front_file = front_file
+        self._description = model_pb2.DescribeRunResponse(
+            spec=spec_to_message(spec), config_json=config_json, front_bytes=front_file.size
+        )
 
     async def DescribeRun(
         self,
@@ -32,11 +35,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.DescribeRunResponse:
         """See model.proto."""
         check_protocol_version(request.protocol_version)
-        return model_pb2.DescribeRunResponse(
-            spec=spec_to_message(self._spec),
-            config_json=self._config_json,
-            front_bytes=self._front_file.size,
-        )
+        return self._description
 
     async def FetchFront(
         self,
@@ -44,10 +43,10 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         context: ServicerContext[model_pb2.FetchFrontRequest, model_pb2.FetchFrontResponse],
     ) -> AsyncIterator[model_pb2.FetchFrontResponse]:
         """See model.proto."""
-        if request.front_fingerprint != self._spec.front_fingerprint:
+        if request.front_fingerprint != self._front_fingerprint:
             raise HandshakeMismatch(
-                f"front_fingerprint: server {self._spec.front_fingerprint}, client "
-                f"{request.front_fingerprint}; ask for the run's description again"
+                f"front_fingerprint: server {self._front_fingerprint}, client "
+                f"{request.front_fingerprint or 'none'}; ask for the run's description again"
             )
         if request.offset_bytes > self._front_file.size:
             raise InvalidInput(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lesft.errors import AlreadyJoined, LesftError, RunStopped
+from lesft.errors import AlreadyJoined, LesftError, RunStopped, one_line
 from lesft.micro_batch import StepKey
 from lesft.spec import RunSpec
 
@@ -66,8 +66,8 @@ class Run:
 
     def join(self, client_id: str, num_samples: int, tell: Callable[[LesftError], None]) -> Member:
         """A new member. Raises AlreadyJoined or RunStopped when there is no place for it."""
-        if self.state is RunState.STOPPED:
-            raise RunStopped(f"the run has ended: {self.reason}")
+        if not RUN_MOVES[self.state]:
+            raise RunStopped(f"the run has ended: {self.reason or 'all its rounds are done'}")
         if client_id in self.members:
             raise AlreadyJoined(
                 f"client_id: {client_id!r} is in the run already; give every client a --client-id "
@@ -87,14 +87,14 @@ class Run:
     def leave(self, member: Member, reason: str) -> None:
         """A member is gone. Before training that frees its place, in mid-run it stops the run."""
         member.connected = False
+        name, reason = member.client_id, one_line(reason) or "no reason given"
         if self.state is RunState.WAITING:
-            del self.members[member.client_id]
-            log.info("%s left before the start: %s", member.client_id, reason or "no reason given")
+            del self.members[name]
+            log.info("%s left before the start: %s", name, reason)
         elif self.state is RunState.TRAINING:
-            at = member.next_key
-            self.stop(f"client {member.client_id!r} left at {at}: {reason or 'no reason given'}")
+            self.stop(f"client {name!r} left at {member.next_key}: {reason}")
         else:
-            log.info("%s left", member.client_id)
+            log.info("%s left", name)
 
     def shares(self) -> dict[str, float]:
         """Each member's |D_i| / |D|, in client-id order: the order of every cohort."""

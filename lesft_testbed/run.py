@@ -29,7 +29,7 @@ _OURS = (REPORT_FILE, PAGE_FILE, PICTURE_FILE, ADAPTER_FOLDER, _STATE_FOLDER)
 _POLL_SECONDS = 0.5
 
 
-class TestbedRun:
+class RunCommand:
     """One run of the testbed, stage by stage."""
 
     def __init__(self, settings: RunSettings, display: Display) -> None:
@@ -126,7 +126,7 @@ def run_testbed(settings: RunSettings) -> str:
     """Run the testbed and return its summary."""
     table = settings.progress == "table" or (settings.progress == "auto" and sys.stderr.isatty())
     with Display(table) as display:
-        return TestbedRun(settings, display).run()
+        return RunCommand(settings, display).run()
 
 
 def _prepare_output(output: Path) -> None:

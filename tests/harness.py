@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lesft.adapters import attach_lora
 from lesft.channel import open_channel
@@ -28,34 +28,15 @@ from lesft_client.wire import WireCounter
 from lesft_server.server import Server
 from lesft_server.session import Engine
 from lesft_server.settings import ServerSettings
+from tests import tiny_models
+from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
 
-VOCAB_SIZE = 97
-HIDDEN_SIZE = 32
 CPU = torch.device("cpu")
 
 
-def save_tiny_model(folder: Path, family: str = "llama", seed: int = 0, **config: Any) -> Path:
-    """A random four-layer model of a real architecture in Hugging Face layout."""
-    values = {
-        "hidden_size": HIDDEN_SIZE,
-        "intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": VOCAB_SIZE,
-        "max_position_embeddings": 256,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    torch.manual_seed(seed)
-    whole: PreTrainedModel = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, **{**values, **config})
-    ).float()
-    with torch.no_grad():
-        for parameter in whole.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2)
-    whole.save_pretrained(folder)
+def save_tiny_model(folder: Path, family: str = "llama", seed: int = 0, **changes: Any) -> Path:
+    """A random four-layer model in Hugging Face layout; returns the folder."""
+    tiny_models.save_tiny_model(folder, family, seed, **changes)
     return folder
 
 

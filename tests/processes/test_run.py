@@ -1,0 +1,250 @@
+"""Runs of real processes: to the end, stopped by anyone, killed, and refused with a clear word."""
+
+import hashlib
+import json
+import math
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load, load_file
+
+from tests.processes.harness import (
+    Launcher,
+    Service,
+    launcher,
+    make_samples,
+    save_model_with_tokenizer,
+    write_samples,
+)
+
+FOREVER = 1_000_000
+"""Rounds of a run that does not end by itself."""
+
+PROMPTLY_SECONDS = 30
+"""Bound on what must be soon; loading torch is not in it, but the machine may be busy."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model_with_tokenizer(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: Path) -> Iterator[Launcher]:
+    with launcher(tmp_path, model) as started:
+        yield started
+
+
+def get(service: Service, path: str) -> Any:
+    """What a control API answers."""
+    return httpx.get(f"http://{service.address('control')}{path}").raise_for_status()
+
+
+# ---------------------------------------------------------------------- to the end
+
+
+def test_two_clients_train_to_the_end_after_one_of_them_was_stopped_while_it_waited(
+    run: Launcher,
+) -> None:
+    # The default seed leaves the long sample among those that b trains on.
+    long = {"prompt": "Add 1 and 2. " * 20, "reference": "3", "target": "3"}
+    data_b = write_samples(run.folder / "b.jsonl", [*make_samples(11), long])
+    server, aggregator = run.services(clients=2, rounds=4, aggregation_interval=3)
+    addresses = server.address("grpc"), aggregator.address("grpc")
+
+    a = run.start_client("a", *addresses)
+    a.wait_for_line("joined; the run begins when all its 2 clients have")
+    a.signal(signal.SIGINT)
+    assert a.wait(PROMPTLY_SECONDS) == 130
+    server.wait_for_line("a left before the start: stopped by its user")
+    assert get(server, "/v1/run").json()["state"] == "waiting for clients"
+
+    a = run.start_client("a", *addresses, held_out=1)
+    b = run.start_client("b", *addresses, data=data_b, weights="server", held_out=1)
+    assert (a.wait(), b.wait()) == (0, 0)
+    results = [json.loads((client.state / "result.json").read_text()) for client in (a, b)]
+    result_a, result_b = results
+
+    assert [result["client_id"] for result in results] == ["a", "b"]
+    assert [result["num_samples"] for result in results] == [18, 10]
+    assert [result["skipped_samples"] for result in results] == [0, 1]
+    said = "1 of 11 train samples are longer than 64 tokens and were skipped (--max-length)"
+    assert b.lines.count(said) == 1
+    assert not any("skipped" in line for line in a.lines)
+
+    adapter = load_file(a.state / "adapter.safetensors")
+    data = (a.state / "adapter.safetensors").read_bytes()
+    assert (b.state / "adapter.safetensors").read_bytes() == data
+    assert {result["adapter_sha256"] for result in results} == {hashlib.sha256(data).hexdigest()}
+    assert {result["adapter_version"] for result in results} == {2}
+    published = load(get(aggregator, "/v1/adapters/2/file").content)
+    assert published.keys() == adapter.keys()
+    assert all(torch.equal(published[name], adapter[name]) for name in adapter)
+
+    described = get(server, "/v1/run").json()
+    assert (described["state"], described["rounds_done"]) == ("finished", 4)
+    share = 18 / 28
+    for record in get(server, "/v1/rounds").json():
+        losses = [result["loss_by_round"][record["round"]] for result in results]
+        mean = share * losses[0] + (1 - share) * losses[1]
+        assert record["loss"] == pytest.approx(mean, rel=1e-6)
+    assert (server.state / "adapter.safetensors").is_file()
+
+    for result in results:
+        assert (result["round"], result["rounds"]) == (4, 4)
+        for held_out in (result["held_out_before"], result["held_out_after"]):
+            assert held_out["tokens"] > 0
+            assert 0 < held_out["nll_sum"] / held_out["tokens"] < math.inf
+        assert result["held_out_before"] != result["held_out_after"]
+        assert result["bytes_up"] == sum(result["wire"]["up"].values())
+        assert result["tokens_per_second"] == pytest.approx(
+            result["tokens"] / result["seconds"]["training"]
+        )
+    front = next((run.folder / "cache").glob("front-*/model.safetensors"))
+    more = result_b["wire"]["down"]["other"] - result_a["wire"]["down"]["other"]
+    assert more > front.stat().st_size
+
+    server.signal(signal.SIGTERM)
+    aggregator.signal(signal.SIGINT)
+    assert (server.wait(PROMPTLY_SECONDS), aggregator.wait(PROMPTLY_SECONDS)) == (0, 0)
+
+
+# ---------------------------------------------------------------------- stopped in mid-run
+
+
+def start_two_clients(run: Launcher) -> tuple[Service, Service, Service]:
+    """A server and two clients in the middle of an endless run."""
+    server, aggregator = run.services(clients=2, rounds=FOREVER)
+    addresses = server.address("grpc"), aggregator.address("grpc")
+    a, b = (
+        run.start_client(name, *addresses, share=f"{number}/2")
+        for number, name in enumerate("ab", start=1)
+    )
+    for client in (a, b):
+        client.wait_for_line("round 3/")
+    return server, a, b
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_client_that_is_told_to_stop_ends_the_run_and_the_others_hear_who_it_was(
+    run: Launcher, number: signal.Signals
+) -> None:
+    server, a, b = start_two_clients(run)
+    assert get(a, "/readyz").text == "ok\n"
+    status = get(a, "/v1/status").json()
+    assert (status["client_id"], status["phase"], status["num_samples"]) == ("a", "training", 9)
+    assert status["round"] >= 3
+
+    a.signal(number)
+    assert a.wait(PROMPTLY_SECONDS) == 130
+    assert a.lines[-1] == "lesft-client: stopped"
+    assert b.wait(PROMPTLY_SECONDS) == 3
+    start, end = (
+        f"server {server.address('grpc')}: the run has ended: client 'a' left at ",
+        (": stopped by its user"),
+    )
+    assert b.lines[-1].startswith(f"lesft-client: {start}")
+    assert b.lines[-1].endswith(end)
+    described = get(server, "/v1/run").json()
+    assert described["state"] == "stopped"
+    assert described["reason"].startswith("client 'a' left at ")
+
+
+def start_one_client(run: Launcher, **options: Any) -> tuple[Service, Service, Service]:
+    """A server, an aggregator and a client in the middle of an endless run."""
+    server, aggregator = run.services(clients=1, rounds=FOREVER, aggregation_interval=1)
+    addresses = server.address("grpc"), aggregator.address("grpc")
+    client = run.start_client("a", *addresses, **options)
+    client.wait_for_line("round 3/")
+    return server, aggregator, client
+
+
+def test_a_server_that_is_told_to_stop_tells_its_clients(run: Launcher) -> None:
+    server, _, client = start_one_client(run)
+    server.signal(signal.SIGTERM)
+    assert client.wait(PROMPTLY_SECONDS) == 3
+    assert client.lines[-1] == (
+        f"lesft-client: server {server.address('grpc')}: the run has ended: the server is stopping"
+    )
+    assert server.wait(PROMPTLY_SECONDS) == 0
+    assert any("run lesft: stopped: the server is stopping" in line for line in server.lines)
+
+
+def test_a_server_that_is_killed_ends_its_clients_with_its_name(run: Launcher) -> None:
+    server, _, client = start_one_client(run)
+    server.signal(signal.SIGKILL)
+    assert client.wait(PROMPTLY_SECONDS) == 1
+    assert client.lines[-1].startswith(f"lesft-client: server {server.address('grpc')}: ")
+    assert client.lines[-1].endswith(
+        "the connection broke off in mid-run; look at the server's log, then start again"
+    )
+
+
+def test_an_aggregator_that_is_killed_ends_its_clients_with_its_name(run: Launcher) -> None:
+    server, aggregator, client = start_one_client(run, patience_seconds=1)
+    aggregator.signal(signal.SIGKILL)
+    assert client.wait(PROMPTLY_SECONDS) == 1
+    party = f"aggregator {aggregator.address('grpc')}: "
+    again = [line for line in client.lines if line.startswith(party)]
+    assert again
+    assert all("; trying again in 0." in line for line in again)
+    assert client.lines[-1].startswith(f"lesft-client: {party}")
+    assert "(tried for 1 s; is it running and is the address right? " in client.lines[-1]
+    assert (
+        f"client 'a' left at round {len(get(server, '/v1/rounds').json())} "
+        in (get(server, "/v1/run").json()["reason"])
+    )
+    assert party in get(server, "/v1/run").json()["reason"]
+
+
+# ---------------------------------------------------------------------- refused
+
+
+def failure(service: Service) -> list[str]:
+    """What a command has said that ended with status 1; the last line is why."""
+    assert service.wait() == 1, service.output
+    return service.lines
+
+
+def test_servers_that_cannot_start_say_why(run: Launcher) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        taken = f"127.0.0.1:{listening.getsockname()[1]}"
+        on_network, cut, on_taken = (
+            run.start_server(listen="0.0.0.0:0"),
+            run.start_server(cut_layer=4),
+            run.start_server(listen=taken),
+        )
+        assert failure(on_network)[-1] == (
+            "lesft-server: 0.0.0.0:0 is not a loopback address and traffic is not encrypted: use "
+            "127.0.0.1, or accept that anyone on the way can read and change it with --insecure"
+        )
+        assert failure(cut)[-1] == (
+            "lesft-server: cut_layer must lie between 1 and 3 for this 4-layer model, got 4"
+        )
+        assert failure(on_taken)[-1].startswith(f"lesft-server: cannot listen on {taken}: ")
+
+
+def test_clients_that_cannot_begin_say_why(run: Launcher) -> None:
+    (run.folder / "bad.jsonl").write_text(
+        '{"prompt": "a", "target": "b", "reference": "c"}\n{"prompt": \n'
+    )
+    server, aggregator = run.services(clients=1)
+    addresses = server.address("grpc"), aggregator.address("grpc")
+    malformed = run.start_client("a", *addresses, data="bad.jsonl")
+    nobody = "127.0.0.1:1"
+    alone = run.start_client("b", nobody, addresses[1], patience_seconds=1)
+
+    assert failure(malformed)[-1].startswith("lesft-client: bad.jsonl:2: is not JSON: ")
+    *again, last = failure(alone)
+    assert again
+    assert all(line.startswith(f"server {nobody}: ") for line in again)
+    assert all("; trying again in 0." in line for line in again)
+    assert last.startswith(f"lesft-client: server {nobody}: ")
+    assert "(tried for 1 s; is it running and is the address right? " in last
+    assert get(server, "/v1/run").json()["state"] == "waiting for clients"

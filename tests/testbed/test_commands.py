@@ -1,0 +1,112 @@
+"""The testbed's command lines say what its settings say, as the services themselves read them."""
+
+from pathlib import Path
+
+import pytest
+
+from lesft.settings import load_settings
+from lesft.spec import LoraSpec, LossSpec, OptimizerSpec, RunOptions
+from lesft_aggregator.settings import AggregatorSettings
+from lesft_client.settings import TrainSettings
+from lesft_server.settings import ServerSettings
+from lesft_testbed.commands import aggregator_command, client_command, server_command
+from lesft_testbed.settings import RunSettings
+
+SETTINGS = RunSettings(
+    run_id="trial",
+    clients=3,
+    rounds=7,
+    accumulation=2,
+    batch_size=3,
+    aggregation_interval=5,
+    max_length=99,
+    seed=11,
+    activation_encoding="bf16",
+    gradient_encoding="bf16",
+    lora=LoraSpec(rank=4, alpha=12.5, dropout=0.1, target_modules=("q_proj", "v_proj")),
+    loss=LossSpec(
+        token_weights="uniform",
+        uniform_weight=0.5,
+        salient_threshold=0.9,
+        gamma_salient=4,
+        gamma_sub_salient=0.2,
+        gamma_irrelevant=0.7,
+        clustering="contiguous",
+        cluster_similarity=-0.5,
+        base_nll_weight=0.25,
+        reference_nll_weight=1e-7,
+    ),
+    optimizer=OptimizerSpec(
+        learning_rate=2e-4,
+        schedule="cosine",
+        warmup_rounds=2,
+        weight_decay=0.01,
+        max_grad_norm=0.5,
+    ),
+    data="gsm8k",
+    samples=10,
+    held_out=2,
+    cut_layer=2,
+    weights="local",
+    device="cpu",
+    precision="bf16",
+    server_threads=2,
+    client_threads=3,
+    cache=Path("cache"),
+)
+
+
+def test_the_server_is_told_every_option_of_the_run() -> None:
+    _, *argv = server_command(SETTINGS, "model", Path("state"))
+    server = load_settings(ServerSettings, "lesft-server", argv)
+    names = set(RunOptions.model_fields)
+    assert server.model_dump(include=names) == SETTINGS.model_dump(include=names)
+    defaults = RunSettings().model_dump(include=names)
+    assert [name for name in names if SETTINGS.model_dump()[name] == defaults[name]] == []
+    assert (server.model, server.state, server.cut_layer) == ("model", Path("state"), 2)
+    assert (server.device, server.precision, server.threads) == ("cpu", "bf16", 2)
+    assert (server.listen, server.control) == ("127.0.0.1:0", "127.0.0.1:0")
+
+
+def test_the_aggregator_is_told_the_run_and_its_number_of_clients() -> None:
+    _, *argv = aggregator_command(SETTINGS, Path("state"))
+    aggregator = load_settings(AggregatorSettings, "lesft-aggregator", argv)
+    assert (aggregator.run_id, aggregator.clients) == ("trial", 3)
+    assert (aggregator.listen, aggregator.control) == ("127.0.0.1:0", "127.0.0.1:0")
+
+
+def test_each_client_is_told_its_own_share_of_the_same_data() -> None:
+    commands = [
+        client_command(SETTINGS, "model", Path(f"state-{i}"), i, "127.0.0.1:1", "127.0.0.1:2")
+        for i in range(3)
+    ]
+    clients = [
+        load_settings(TrainSettings, "lesft-client train", command[2:]) for command in commands
+    ]
+    assert [command[1] for command in commands] == ["train"] * 3
+    assert [client.share for client in clients] == ["1/3", "2/3", "3/3"]
+    assert [client.client_id for client in clients] == ["client-0", "client-1", "client-2"]
+    assert [client.state for client in clients] == [Path(f"state-{i}") for i in range(3)]
+    first = clients[0]
+    assert (first.data, first.data_seed, first.samples, first.held_out) == ("gsm8k", 11, 10, 2)
+    assert (first.server, first.aggregator) == ("127.0.0.1:1", "127.0.0.1:2")
+    assert (first.weights, first.cache) == ("local", Path("cache"))
+    assert (first.device, first.precision, first.threads) == ("cpu", "bf16", 3)
+
+
+@pytest.mark.parametrize(
+    ("samples", "epochs", "rounds", "expected"), [(12, 3, 0, 9), (10, 3, 0, 7), (12, 3, 5, 5)]
+)
+def test_epochs_make_as_many_rounds_as_they_fill(
+    samples: int, epochs: int, rounds: int, expected: int
+) -> None:
+    assert RunSettings(samples=samples, epochs=epochs, rounds=rounds).num_rounds == expected
+
+
+def test_too_few_samples_for_one_round_are_refused() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"samples x epochs must be at least accumulation x batch_size \(4\) for one round, "
+        r"got 3 x 1",
+    ):
+        RunSettings(samples=3, epochs=1)

@@ -1,0 +1,180 @@
+"""`lesft-testbed run` as a user has it: real processes from the first to the last."""
+
+import json
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lesft_client.data import client_share, encode_samples, load_samples
+from tests.processes.harness import (
+    Process,
+    make_samples,
+    save_model_with_tokenizer,
+    write_samples,
+)
+
+CLIENTS, SAMPLES, HELD_OUT = 2, 4, 2
+KINDS = {"activations_base", "activations_reference", "gradients", "labels", "adapters", "other"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model_with_tokenizer(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_samples(tmp_path_factory.mktemp("data") / "data.jsonl", make_samples(50))
+
+
+@contextmanager
+def running_testbed(model: Path, data: Path, output: Path, *options: str) -> Iterator[Process]:
+    """The command, which is gone when the block ends, with all that it started."""
+    process = Process(
+        "lesft-testbed",
+        "run",
+        *(f"--output={output}", f"--model={model}", f"--data={data}", f"--clients={CLIENTS}"),
+        *(f"--samples={SAMPLES}", f"--held-out={HELD_OUT}", f"--cache={output.parent / 'cache'}"),
+        *("--server-threads=1", "--progress=lines"),
+        *options,
+        cwd=output.parent,
+    )
+    try:
+        yield process
+    finally:
+        services = services_of(output)
+        process.end()
+        for service in services:
+            service.kill()
+
+
+def services_of(output: Path) -> list[psutil.Process]:
+    """The services of a run, known by their state folders."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            command = process.cmdline()
+        except psutil.Error:
+            continue
+        if any(word.startswith(f"--state={output}/") for word in command):
+            found.append(process)
+    return found
+
+
+def held_out_nll(model: Any, tokenizer: Any, data: Path) -> float:
+    """Mean -log P per held-out target token of all clients, by torch and peft alone."""
+    nll, tokens = 0.0, 0
+    drawn = load_samples(str(data), "test", CLIENTS * HELD_OUT, seed=0)
+    for index in range(CLIENTS):
+        share = client_share(drawn, index, CLIENTS, HELD_OUT, seed=0)
+        for sample in encode_samples(share, tokenizer, 1024)[0]:
+            ids = torch.tensor([sample.base_ids + sample.target_ids])
+            with torch.no_grad():
+                log_probs = torch.log_softmax(model(input_ids=ids).logits[0].float(), dim=-1)
+            for position in range(len(sample.base_ids), ids.shape[1]):
+                nll -= float(log_probs[position - 1, ids[0, position]])
+                tokens += 1
+    return nll / tokens
+
+
+def test_a_run_leaves_report_picture_logs_and_an_adapter_that_reproduces_its_figures(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "report.json").write_text("an earlier run's")
+    options = ("--rounds=6", "--optimizer.learning-rate=0.02", "--lora.dropout=0")
+    with running_testbed(model, data, output, *options) as process:
+        assert process.wait() == 0, process.output
+        assert services_of(output) == []
+
+    names = {path.name for path in output.iterdir()}
+    logs = {"server.log", "aggregator.log", "client-0.log", "client-1.log"}
+    assert names == {"report.json", "report.md", "loss.png", "adapter", "state", *logs}
+
+    report = json.loads((output / "report.json").read_text())
+    assert (report["clients"], report["rounds"], report["cut_layer"]) == (CLIENTS, 6, 1)
+    assert (report["method"], report["model"]) == ("lesft", model.name)
+    assert (report["dataset"], report["samples_per_client"]) == (str(data), SAMPLES)
+    assert len(report["loss_by_round"]) == 6
+    assert report["nll_by_round"][-1] < report["nll_by_round"][0]
+    assert set(report["wire"]) == KINDS
+    base = report["wire"]["activations_base"]["up"]
+    assert report["wire"]["gradients"] == {"up": 0, "down": base}
+    assert set(report["peak_rss_mib"]) == {"server", "aggregator", "client-0", "client-1"}
+    assert all(peak > 20 for peak in report["peak_rss_mib"].values())
+    assert 0 < report["seconds"]["training"] < report["seconds"]["total"]
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    before = held_out_nll(whole, tokenizer, data)
+    tuned = PeftModel.from_pretrained(whole, output / "adapter")
+    assert report["heldout_nll_before"] == pytest.approx(before, abs=1e-4)
+    assert report["heldout_nll_after"] == pytest.approx(
+        held_out_nll(tuned, tokenizer, data), abs=1e-4
+    )
+    assert report["heldout_nll_after"] < report["heldout_nll_before"]
+    assert f"{output}/adapter" in process.output
+
+
+def test_when_one_client_dies_the_testbed_names_it_and_ends_all_others(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with running_testbed(model, data, output, "--rounds=100000") as process:
+        process.wait_for_line("round 3/100000")
+        [victim] = [
+            each for each in services_of(output) if "--client-id=client-1" in each.cmdline()
+        ]
+        victim.kill()
+        assert process.wait() == 1
+        assert services_of(output) == []
+    log = output / "client-1.log"
+    expected = f"lesft-testbed: client-1 was ended by signal SIGKILL; the end of {log}:"
+    assert expected in process.lines
+    assert "Traceback" not in process.output
+    # The others were told who it was, by the server.
+    assert "client 'client-1' left at round" in (output / "client-0.log").read_text()
+
+
+def test_ctrl_c_ends_all_services_and_says_so(model: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with running_testbed(model, data, output, "--rounds=100000") as process:
+        process.wait_for_line("round 1/100000")
+        assert len(services_of(output)) == 2 + CLIENTS
+        process.signal(signal.SIGINT)
+        assert process.wait() == 130
+        assert services_of(output) == []
+    assert process.lines[-1] == "lesft-testbed: stopped; all services were ended"
+    assert "Traceback" not in process.output
+
+
+def test_a_service_that_cannot_start_ends_the_testbed_with_its_message(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with running_testbed(model, data, output, "--rounds=2", "--cut-layer=4") as process:
+        assert process.wait() == 1
+        assert services_of(output) == []
+    assert re.search(r"server ended with status 1; the end of .*server\.log:", process.output)
+    rule = "cut_layer must lie between 1 and 3 for this 4-layer model, got 4"
+    assert process.lines[-1] == f"lesft-server: {rule}"
+
+
+def test_a_folder_with_other_files_is_left_alone(model: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "thesis.tex").write_text("years of work")
+    with running_testbed(model, data, output, "--rounds=2") as process:
+        assert process.wait() == 1
+    assert "holds 'thesis.tex', which no run of the testbed has written" in process.output
+    assert (output / "thesis.tex").read_text() == "years of work"
