@@ -13,6 +13,11 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InvalidInput(f"--device must be auto or a torch device, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidInput(f"--device {name}: torch finds no CUDA device here; use --device cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise InvalidInput(
+            f"--device {name}: torch cannot use it here ({reason}); use --device cpu"
+        ) from None
     return device

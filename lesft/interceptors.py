@@ -40,6 +40,8 @@ def error_from(call: grpc.RpcError, party: str) -> LesftError:
     `party` says who was called, such as "server 10.0.0.5:50051"; it opens the message.
     """
     code, message = call.code(), call.details()
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        message = "is not the LESFT service that was asked for; check the address"
     return error_for(_reason(call), code)(f"{party}: {message or code.name.lower()}")
 
 

@@ -27,10 +27,10 @@ else:
 
 _METAVARS = {"str": "TEXT", "int": "N", "float": "X", "Path": "PATH", "tuple[str,...]": "A,B,..."}
 _DEFAULTS_THAT_SAY_NOTHING = (" (default: None)", " (default: False)", " (default: )")
-_EPILOG = """\
-Every option is also an environment variable, such as {variable},
+_VARIABLES = "Every option is also an environment variable, such as {variable}"
+_AND_FILE = """,
 and a key of the TOML file that --config names, such as {key}.
-The command line goes before the environment, and that before the file."""
+The command line goes before the environment, and that before the file"""
 
 
 class ServiceSettings(BaseSettings):
@@ -120,11 +120,12 @@ def _command_line(kind: type[S], prog: str, argv: list[str]) -> CliSettingsSourc
     """What the command line gives; exits after --help and for options that do not exist."""
     required = [_option(name) for name, field in kind.model_fields.items() if field.is_required()]
     example = max(_names(kind), key=lambda name: ("." in name, "_" in name))
+    epilog = f"{_VARIABLES}{_AND_FILE * ('config' in kind.model_fields)}."
     parser = _Parser(
         prog=prog,
         usage=" ".join([prog, *(f"{option} ..." for option in required), "[OPTIONS]"]),
         description=kind.__doc__,
-        epilog=_EPILOG.format(variable=_variable(kind, example), key=example),
+        epilog=epilog.format(variable=_variable(kind, example), key=example),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

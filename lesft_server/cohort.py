@@ -36,11 +36,12 @@ class Cohort:
         self._waiting: dict[StepKey, _Waiting] = {}
         self._steps: set[asyncio.Task[None]] = set()
         self._window: list[tuple[Sequence[float], list[StepResult]]] = []
-        self._window_start = time.monotonic()
+        self._window_start: float | None = None
 
     async def take(self, client_id: str, batch: MicroBatch) -> StepResult:
         """Hand in a client's part and wait for its result."""
         future: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
+        self._window_start = self._window_start or time.monotonic()
         waiting = self._waiting.setdefault(batch.key, {})
         waiting[client_id] = (batch, future)
         if len(waiting) == self._run.spec.clients:
@@ -93,14 +94,15 @@ class Cohort:
         if key.micro < self._run.spec.accumulation - 1:
             return
         window, self._window = self._window, []
-        start, self._window_start = self._window_start, time.monotonic()
+        now = time.monotonic()
+        start, self._window_start = self._window_start or now, now
         self._run.record(
             RoundRecord(
                 round=key.round,
                 loss=_mean_by_share(window, lambda result: result.loss),
                 nll=_mean_by_share(window, lambda result: result.nll),
                 class_counts=_sum_counts([r for _, results in window for r in results]),
-                seconds=self._window_start - start,
+                seconds=now - start,
             )
         )
 

@@ -29,6 +29,11 @@ class Row:
             raise DataError(f'{self.where}: "{name}" must be a string, got {type(value).__name__}')
         if not value.strip():
             raise DataError(f'{self.where}: "{name}" must not be empty; fill it or drop the row')
+        if any("\ud800" <= char <= "\udfff" for char in value):
+            raise DataError(
+                f'{self.where}: "{name}" holds half a surrogate pair, such as \\ud83d, which is no '
+                "character; write the text as UTF-8"
+            )
         return value.strip()
 
     def choices(self, letters: list[str], texts: list[str], right: str) -> dict[str, str]:

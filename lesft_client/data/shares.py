@@ -20,6 +20,11 @@ def client_share(
     assert 0 <= index < of
     largest = len(samples) // of
     wanted = per_client if per_client is not None else max(largest, 1)
+    if largest == 0:
+        raise DataError(
+            f"{of} clients need {of} samples at least, but there are only {len(samples)}; give "
+            "more data or fewer shares"
+        )
     if wanted > largest:
         raise DataError(
             f"{of} clients with {wanted} samples each need {of * wanted} samples, but there are "

@@ -44,7 +44,9 @@ def load_samples(data: str, split: Split, count: int | None, seed: int) -> list[
     """
     if data == "wordproblems":
         if count is None:
-            raise DataError("wordproblems makes as many samples as asked for; say how many")
+            raise DataError(
+                "wordproblems makes as many samples as asked for: say how many with --samples"
+            )
         return wordproblems.samples(split, count, seed)
     return _draw(_all_samples(data, split, seed), count, f"{data} ({split})", seed)
 

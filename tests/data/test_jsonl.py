@@ -102,3 +102,8 @@ def test_a_utf16_file_is_refused_as_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps(GOOD), encoding="utf-16")
     refuses(path, 1, "is not UTF-8")
+
+
+def test_half_a_surrogate_pair_is_refused_where_it_stands(tmp_path: Path) -> None:
+    line = '{"prompt": "Add \\ud83d", "target": "4", "answer": "4"}'
+    refuses(write(tmp_path, GOOD, line), 2, '"prompt" holds half a surrogate pair')

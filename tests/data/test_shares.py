@@ -33,9 +33,16 @@ def test_a_share_is_shuffled_out_of_the_whole_data() -> None:
     assert max(positions) > 30
 
 
-@pytest.mark.parametrize(("of", "per_client", "most"), [(4, 11, 10), (44, 1, 0), (44, None, 0)])
-def test_too_few_samples_are_refused_with_their_number(
-    of: int, per_client: int | None, most: int
-) -> None:
-    with pytest.raises(DataError, match=f"there are only 43; ask for at most {most} each"):
-        client_share(SAMPLES, 0, of, per_client, seed=0)
+def test_too_large_shares_are_refused_with_the_largest_possible() -> None:
+    with pytest.raises(
+        DataError, match=r"need 44 samples, but there are only 43; ask for at most 10 each"
+    ):
+        client_share(SAMPLES, 0, 4, 11, seed=0)
+
+
+@pytest.mark.parametrize("per_client", [1, None])
+def test_more_clients_than_samples_are_refused(per_client: int | None) -> None:
+    with pytest.raises(
+        DataError, match=r"^44 clients need 44 samples at least, but there are only 43; "
+    ):
+        client_share(SAMPLES, 0, 44, per_client, seed=0)

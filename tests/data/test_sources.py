@@ -155,7 +155,9 @@ def test_clients_that_load_the_same_problems_share_them_without_overlap() -> Non
 
 
 def test_wordproblems_need_a_count() -> None:
-    with pytest.raises(DataError, match="as many samples as asked for; say how many"):
+    with pytest.raises(
+        DataError, match="as many samples as asked for: say how many with --samples"
+    ):
         load_samples("wordproblems", "train", None, 0)
 
 

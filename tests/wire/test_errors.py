@@ -391,7 +391,10 @@ def test_our_part_is_found_among_others(channel: grpc.Channel) -> None:
 
 def test_a_method_that_is_not_there_is_an_error_of_our_tree(channel: grpc.Channel) -> None:
     with (
-        pytest.raises(InternalError, match=r"^server x: Method not found!$"),
+        pytest.raises(
+            InternalError,
+            match=r"^server x: is not the LESFT service that was asked for; check the address$",
+        ),
         remote_errors("server x"),
     ):
         channel.unary_unary("/test.Service/Nothing")(b"")
