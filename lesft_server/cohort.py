@@ -54,10 +54,8 @@ class Cohort:
 
     def withdraw(self, client_id: str) -> None:
         """Drop the parts of a client that is gone, but for those whose step has been started."""
-        for key, waiting in list(self._waiting.items()):
+        for waiting in self._waiting.values():
             waiting.pop(client_id, None)
-            if not waiting:
-                del self._waiting[key]
 
     async def _step(self, key: StepKey, waiting: _Waiting) -> None:
         """Run a complete cohort in client-id order and hand out the results."""

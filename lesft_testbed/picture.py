@@ -40,7 +40,7 @@ def draw_loss(report: Report, loss_by_client: Sequence[Sequence[float]], path: P
                 f"{value:.3f}", (x, value), xytext=(0, -16), textcoords="offset points", ha="center"
             )
     axes.set_title(
-        f"{report.model} on {report.dataset}: {report.clients} clients, cut after layer "
+        f"{report.model} on {Path(report.dataset).name}: {report.clients} clients, cut after layer "
         f"{report.cut_layer}",
         fontsize=11,
     )

@@ -80,7 +80,7 @@ def make_report(
         heldout_nll_before=_held_out(results, "held_out_before"),
         heldout_nll_after=_held_out(results, "held_out_after"),
         wire=_wire(results),
-        seconds={**_stages(results), **seconds},
+        seconds={"starting": seconds["starting"], **_stages(results), "total": seconds["total"]},
         peak_rss_mib={name: round(size / 2**20, 1) for name, size in peak_rss_bytes.items()},
         versions={"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
         seed=spec["seed"],
@@ -125,7 +125,7 @@ def page(report: Report) -> str:
     """The report as Markdown, with the picture beside it."""
     losses = report.loss_by_round
     lines = [
-        f"# {report.clients} clients fine-tuned {report.model} on {report.dataset}",
+        f"# {report.clients} clients fine-tuned {report.model} on {Path(report.dataset).name}",
         "",
         f"{report.rounds} rounds, {report.samples_per_client} samples per client, cut after layer "
         f"{report.cut_layer}, seed {report.seed}. The joined PEFT adapter is in "

@@ -31,9 +31,10 @@ from lesft.errors import (
     TooLarge,
     status_of,
 )
-from lesft.micro_batch import MicroBatch, StepKey, StepResult
+from lesft.micro_batch import MicroBatch, StepKey, StepResult, Targets
+from lesft.micro_batch import Path as Activations
 from lesft.spec import RunSpec
-from lesft.step_messages import micro_batch_to_message
+from lesft.step_messages import Limits, held_out_from_message, micro_batch_to_message
 from lesft.tensors import encode_tensors
 from lesft.v1 import training_pb2
 from lesft.v1.tensor_pb2 import Chunk
@@ -619,6 +620,27 @@ def test_a_client_that_breaks_off_stops_the_run_and_all_hear_its_name(
     mid_run.assert_stopped(NO_LEAVE)
 
 
+def test_a_client_may_break_off_while_its_message_is_still_being_read(
+    mid_run: MidRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding, release = threading.Event(), threading.Event()
+
+    def slow(*_: object) -> None:
+        decoding.set()
+        assert release.wait(20)
+
+    monkeypatch.setattr("lesft_server.session.held_out_from_message", slow)
+    mid_run.b.send(*held_out_messages())
+    try:
+        assert decoding.wait(20)
+        mid_run.b.call.cancel()
+        assert mid_run.a.refusal() == run_ended(NO_LEAVE, mid_run.at)
+    finally:
+        release.set()
+    assert_unchanged(mid_run.server, mid_run.before)
+    assert_serving(mid_run.server)
+
+
 def test_a_client_whose_connection_is_gone_stops_the_run(model: Path, tmp_path: Path) -> None:
     with serving(model, tmp_path) as server, raw_channel(server.grpc) as channel:
         a = join(channel, server.spec, "a")
@@ -735,28 +757,81 @@ def test_as_many_held_out_requests_as_may_wait_are_answered_in_order(
         assert all(nll > 0 for nll in scores[0].nll_sums)
 
 
+NARROW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 64 << 10))
+"""Makes a client's end take few bytes that are not read, so that the server soon has to wait."""
+
+
+def bulky_round(round_index: int) -> Messages:
+    """The micro-batches of a round; the answer to each is four times what a narrow client takes."""
+    messages: Messages = []
+    for micro in range(2):
+        batch = make_batch(StepKey(round_index, micro), (900, 900), (), (1, 1))
+        messages += step_messages(MicroBatch(batch.key, batch.base, None, batch.targets))
+    return messages
+
+
 def test_answers_that_a_client_does_not_read_count_as_unanswered(
     model: Path, tmp_path: Path
 ) -> None:
     """Else a client could make the server hold the answers of all rounds."""
-    narrow = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 64 << 10))
+    loss = {"token_weights": "uniform"}
     with (
-        serving(model, tmp_path, clients=1, loss={"token_weights": "uniform"}) as server,
-        raw_channel(server.grpc, *narrow) as channel,
+        serving(model, tmp_path, clients=1, loss=loss) as server,
+        raw_channel(server.grpc, *NARROW) as channel,
     ):
         session = join(channel, server.spec, "a")
-        for round_index in range(2):
-            for micro in range(2):
-                batch = make_batch(StepKey(round_index, micro), (900, 900), (), (1, 1))
-                batch = MicroBatch(batch.key, batch.base, None, batch.targets)
-                session.send(*step_messages(batch))
-            # The first answer is on its way, as far as it fits; the second is computed.
-            wait_until(lambda: server.engine.run.rounds)
+        session.send(*bulky_round(0))
+        # The first answer is on its way, as far as it fits; the second is computed.
+        wait_until(lambda: server.engine.run.rounds)
+        session.send(*bulky_round(1))
         assert session.refusal() == refusal(
             OutOfOrder, "round 1 micro-batch 0 came before the round before it was answered"
         )
         assert [record.round for record in server.engine.run.rounds] == [0]
         assert_serving(server)
+
+
+def test_a_session_that_was_ended_takes_nothing_more_while_its_client_does_not_read(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding, release = threading.Event(), threading.Event()
+    decoded: list[int] = []
+
+    def slow(
+        header: training_pb2.HeldOut, data: bytes, limits: Limits
+    ) -> tuple[Activations, Targets]:
+        decoded.append(header.index)
+        decoding.set()
+        assert release.wait(20)
+        return held_out_from_message(header, data, limits)
+
+    monkeypatch.setattr("lesft_server.session.held_out_from_message", slow)
+    loss = {"token_weights": "uniform"}
+    with (
+        serving(model, tmp_path, loss=loss) as server,
+        raw_channel(server.grpc, *NARROW) as channel,
+        raw_channel(server.grpc) as other,
+    ):
+        scored: list[Targets] = []
+        monkeypatch.setattr(
+            server.engine.back, "score", lambda _, targets: scored.append(targets) or [0.0]
+        )
+        a, b = join(channel, server.spec, "a"), join(other, server.spec, "b")
+        for session in (a, b):
+            session.send(*bulky_round(0))
+        for _ in range(2):
+            b.receive_step()
+        a.send(*held_out_messages(0), *held_out_messages(1))
+        try:
+            assert decoding.wait(20)
+            b.call.cancel()
+            wait_until(lambda: server.engine.run.state is RunState.STOPPED)
+        finally:
+            release.set()
+        assert a.refusal() == run_ended(NO_LEAVE, StepKey(1, 0))
+        snapshot(server)  # after all jobs that were queued
+        assert decoded == [0]
+        assert scored == []
 
 
 # ---------------------------------------------------------------------- when the server fails

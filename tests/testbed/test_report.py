@@ -74,7 +74,7 @@ def test_a_run_without_held_out_samples_has_no_held_out_figures() -> None:
     results = [result(1)]
     for name in ("held_out_before", "held_out_after"):
         results[0][name] = {"nll_sum": 0.0, "tokens": 0}
-    report = make_report(SPEC, "d", 1, ROUNDS, results, {"total": 1.0}, {})
+    report = make_report(SPEC, "d", 1, ROUNDS, results, {"starting": 0.5, "total": 1.0}, {})
     assert report.heldout_nll_before is None
     assert report.heldout_nll_after is None
     assert "held-out" not in summary(report, Path("out"))

@@ -377,10 +377,14 @@ FOREIGN_DETAILS = {
 
 
 @pytest.mark.parametrize("what", FOREIGN_DETAILS)
-def test_details_that_are_not_ours_leave_the_bare_status(what: str, channel: grpc.Channel) -> None:
+def test_details_that_are_not_ours_leave_the_bare_status(
+    what: str, channel: grpc.Channel, caplog: pytest.LogCaptureFixture
+) -> None:
     code, error = failure(channel, "Abort", FOREIGN_DETAILS[what])
     assert code is StatusCode.NOT_FOUND
     assert (type(error), str(error)) == (NotFound, "server x: what was asked for")
+    # A handler that ends its call by itself has not failed.
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 def test_our_part_is_found_among_others(channel: grpc.Channel) -> None:
