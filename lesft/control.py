@@ -6,7 +6,6 @@ and serves it with a `ControlServer`.
 
 import asyncio
 import json
-import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ from starlette.exceptions import HTTPException
 
 from lesft.channel import check_open, split_address
 from lesft.errors import InternalError, InvalidInput, LesftError, NotFound, Unreachable, status_of
+from lesft.files import write_atomically
 
 ENDPOINTS_FILE = "endpoints.json"
 
@@ -191,9 +191,4 @@ def write_endpoints(state_dir: Path, addresses: Mapping[str, str]) -> None:
 
     `addresses` maps "grpc" and "control" to HOST:PORT. The file appears whole or not at all.
     """
-    temporary = state_dir / f".{ENDPOINTS_FILE}"
-    with temporary.open("w") as file:
-        json.dump(dict(addresses), file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(state_dir / ENDPOINTS_FILE)
+    write_atomically(state_dir / ENDPOINTS_FILE, json.dumps(dict(addresses)).encode())

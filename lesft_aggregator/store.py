@@ -19,6 +19,7 @@ from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 
 from lesft.errors import InvalidInput
+from lesft.files import write_atomically
 from lesft_aggregator.adapters import Layout
 from lesft_aggregator.tables import Adapter, Client, Run, Submission, Table
 
@@ -124,7 +125,7 @@ class Store:
         The first of the run fixes the layout. Raises OSError when the disk does not take it;
         nothing has changed then.
         """
-        _write_durably(self.submission_path(base_version, client_id), data)
+        write_atomically(self.submission_path(base_version, client_id), data)
         with self._session() as session, session.begin():
             _remember(session, client_id, num_samples)
             run = session.scalars(select(Run)).one()
@@ -151,7 +152,7 @@ class Store:
             num_bytes=len(data),
             created=time.time(),
         )
-        _write_durably(self.adapter_path(version), data)
+        write_atomically(self.adapter_path(version), data)
         with self._session() as session, session.begin():
             session.add(adapter)
         for part in averaged:
@@ -187,7 +188,7 @@ class Store:
                     "the --state folder, or start a new run with an empty one"
                 )
         for folder in (self._submissions, self._adapters):
-            for path in set(folder.glob("*.safetensors")) - keep.keys():
+            for path in set(folder.iterdir()) - keep.keys():
                 path.unlink()
 
 
@@ -214,21 +215,3 @@ def _lock(state: Path) -> int:
 def _set_pragmas(connection: Any, _: Any) -> None:
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    """Whole or not at all, and still there after a power cut."""
-    temporary = path.with_name(f".{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

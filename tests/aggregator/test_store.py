@@ -50,7 +50,7 @@ def nothing(*_: Any, **__: Any) -> None:
 
 
 def before_write(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(store_module, "_write_durably", power_cut)
+    patch.setattr(store_module, "write_atomically", power_cut)
 
 
 def before_fsync(patch: pytest.MonkeyPatch) -> None:
