@@ -784,6 +784,7 @@ def test_answers_that_a_client_does_not_read_count_as_unanswered(
         # The first answer is on its way, as far as it fits; the second is computed.
         wait_until(lambda: server.engine.run.rounds)
         session.send(*bulky_round(1))
+        wait_until(lambda: server.engine.run.state is RunState.STOPPED)
         assert session.refusal() == refusal(
             OutOfOrder, "round 1 micro-batch 0 came before the round before it was answered"
         )
