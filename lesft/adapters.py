@@ -41,7 +41,7 @@ def attach_lora(model: PreTrainedModel, lora: LoraSpec, run_seed: int, layer_off
         )
     inject_adapter_in_model(lora_config(lora), model, adapter_name=_ADAPTER)
     model.train(model.training)  # the new modules' dropout too
-    for name, parameter in _named_parameters(model, layer_offset).items():
+    for name, parameter in named_lora_parameters(model, layer_offset).items():
         parameter.data = parameter.data.float()
         if ".lora_A." in name:
             seed = derive_seed(run_seed, "lora", name)
@@ -66,7 +66,9 @@ def _is_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear)
 
 
-def _named_parameters(model: PreTrainedModel, layer_offset: int) -> dict[str, torch.nn.Parameter]:
+def named_lora_parameters(
+    model: PreTrainedModel, layer_offset: int
+) -> dict[str, torch.nn.Parameter]:
     """The adapters' parameters under whole-model names, sorted."""
     named = {}
     for name, parameter in model.named_parameters():
@@ -80,14 +82,14 @@ def _named_parameters(model: PreTrainedModel, layer_offset: int) -> dict[str, to
 
 def lora_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
     """The trainable parameters in the order of their names."""
-    return list(_named_parameters(model, 0).values())
+    return list(named_lora_parameters(model, 0).values())
 
 
 def lora_state(model: PreTrainedModel, layer_offset: int) -> dict[str, torch.Tensor]:
     """Copies of the adapters' tensors: float32, on the CPU, under whole-model names."""
     return {
         name: parameter.detach().to("cpu", copy=True).contiguous()
-        for name, parameter in _named_parameters(model, layer_offset).items()
+        for name, parameter in named_lora_parameters(model, layer_offset).items()
     }
 
 
@@ -95,7 +97,7 @@ def load_lora_state(
     model: PreTrainedModel, layer_offset: int, state: Mapping[str, torch.Tensor]
 ) -> None:
     """Set the adapters' values. Raises BundleError, changing nothing, unless all of them fit."""
-    parameters = _named_parameters(model, layer_offset)
+    parameters = named_lora_parameters(model, layer_offset)
     check_tensors(
         state,
         {name: TensorSpec(tuple(p.shape), (torch.float32,)) for name, p in parameters.items()},

@@ -5,7 +5,7 @@ Shape letters: N tokens of the whole batch, T its target tokens, L tokens of the
 B samples, D width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -21,6 +21,7 @@ from lesft.optimizer import Optimizer
 from lesft.seeds import derive_seed
 from lesft.spec import RunSpec
 from lesft.split import back_hidden, head_logits
+from lesft.training_state import load_training_state, training_state
 
 Precision = Literal["fp32", "bf16"]
 
@@ -143,6 +144,16 @@ class Back:
     def _autocast(self) -> AbstractContextManager[object]:
         enabled = self._precision == "bf16"
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=enabled)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Φ and its optimizer between two rounds; see `lesft.training_state`."""
+        return training_state(self.model, self.spec.cut_layer, self.optimizer)
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go on from a `state`. Raises BundleError for one that is not this back's."""
+        load_training_state(self.model, self.spec.cut_layer, self.optimizer, tensors)
 
     # ------------------------------------------------------------------ held-out likelihood
 

@@ -37,6 +37,8 @@ _SERVER_OPTIONS = [
 ]
 _CLIENT_OPTIONS = [
     *_OPTIONS,
+    # A channel that is opened because another one fell silent must not share its connection.
+    ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.enable_retries", 0),

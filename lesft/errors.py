@@ -57,6 +57,10 @@ class Unreachable(LesftError):
     """A service does not answer."""
 
 
+class LeftBehind(Unreachable):
+    """The others went on without this client, which may rejoin at the next round."""
+
+
 class InternalError(LesftError):
     """A bug or a broken machine on the other side; its log has the details."""
 
@@ -81,6 +85,7 @@ STATUS: dict[type[LesftError], Status] = {
     TooLarge: Status(StatusCode.RESOURCE_EXHAUSTED, 413),
     RunStopped: Status(StatusCode.ABORTED, 410),
     Unreachable: Status(StatusCode.UNAVAILABLE, 503),
+    LeftBehind: Status(StatusCode.UNAVAILABLE, 503),
     InternalError: Status(StatusCode.INTERNAL, 500),
 }
 

@@ -1,7 +1,23 @@
 """Files that are whole or not there, also after a power cut."""
 
+import errno
+import fcntl
+import logging
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+from lesft.errors import InvalidInput
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+_ROOM_PAUSE_SECONDS = 2.0
+_ROOM_LOG_SECONDS = 60.0
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -34,3 +50,52 @@ def open_to_umask(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
+
+
+def lock_folder(folder: Path, option: str, service: str) -> int:
+    """Hold a state folder for this process alone; returns the descriptor that holds it.
+
+    The lock goes with the process, however that ends. Raises InvalidInput when another one has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise InvalidInput(
+            f"{option} {folder} is in use by another {service}: stop that one, or use another "
+            "folder"
+        ) from None
+    return handle
+
+
+def when_there_is_room(
+    write: Callable[[], T],
+    folder: Path,
+    on_wait: Callable[[str], None] = lambda reason: None,
+    go_on: Callable[[], bool] = lambda: True,
+) -> T:
+    """Call `write`, again and again while the disk is full; `write` must be safe to repeat.
+
+    `on_wait` hears why it waits, and an empty string once it is over. Every other error, and the
+    full disk's own once `go_on` says no, is raised.
+    """
+    said = -_ROOM_LOG_SECONDS
+    while True:
+        try:
+            result = write()
+        except OSError as error:
+            if error.errno not in _NO_ROOM or not go_on():
+                raise
+            reason = f"no room on disk for {folder}: free some, training goes on by itself"
+            on_wait(reason)
+            if time.monotonic() - said >= _ROOM_LOG_SECONDS:
+                said = time.monotonic()
+                log.error("%s (%s)", reason, error.strerror)
+            time.sleep(_ROOM_PAUSE_SECONDS)
+        else:
+            if said > 0:
+                on_wait("")
+                log.warning("there is room on disk for %s again", folder)
+            return result

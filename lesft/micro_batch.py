@@ -67,6 +67,7 @@ class StepResult:
     the activations as sent; the latter is there when the loss trains the reference path. `loss` and
     `nll` are means over this client's samples and target tokens, unscaled, in nats.
     `class_counts` are its salient, sub-salient and irrelevant tokens, where there are classes.
+    `checkpoint` says that the client is to take a checkpoint when the round is done.
     """
 
     key: StepKey
@@ -75,6 +76,7 @@ class StepResult:
     loss: float
     nll: float
     class_counts: tuple[int, int, int] | None
+    checkpoint: bool = False
 
 
 def pad(flat_N: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:

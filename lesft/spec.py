@@ -8,12 +8,12 @@ import hashlib
 import json
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Encoding = Literal["raw", "bf16"]
 """How activations or gradients travel: as they are computed, or rounded to bfloat16."""
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class _Spec(BaseModel):
@@ -100,12 +100,41 @@ class RunOptions(_Spec):
         5, ge=1, description="Rounds between two aggregations; one more ends the run."
     )
     max_length: int = Field(1024, ge=2, description="Most tokens of one sequence.")
+    mode: Literal["lockstep", "deadline"] = Field(
+        "lockstep",
+        description="Wait for every client, for always the same result; or leave late ones behind.",
+    )
+    quorum: int = Field(
+        0,
+        ge=0,
+        description="deadline: clients that suffice when it has passed; 0: more than half.",
+    )
+    deadline_seconds: float = Field(
+        60,
+        gt=0,
+        description="deadline: seconds that a step waits for the last; then the quorum suffices.",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of every random draw of the run.")
     activation_encoding: Encoding = Field("raw", description="How activations travel.")
     gradient_encoding: Encoding = Field("raw", description="How gradients travel.")
     lora: LoraSpec = LoraSpec()
     loss: LossSpec = LossSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
+
+    @model_validator(mode="after")
+    def _quorum_makes_sense(self) -> "RunOptions":
+        if self.quorum > self.clients:
+            raise ValueError(
+                f"--quorum must be at most --clients ({self.clients}), got {self.quorum}"
+            )
+        return self
+
+    @property
+    def required(self) -> int:
+        """Clients without which no step is taken."""
+        if self.mode == "lockstep":
+            return self.clients
+        return self.quorum or self.clients // 2 + 1
 
 
 class RunSpec(RunOptions):
@@ -124,3 +153,8 @@ class RunSpec(RunOptions):
         """Whether the adapters are averaged after this round (counted from 0)."""
         done = round_index + 1
         return done % self.aggregation_interval == 0 or done == self.rounds
+
+    def aggregations_before(self, round_index: int) -> int:
+        """How often the adapters have been averaged when this round begins."""
+        whole = round_index // self.aggregation_interval
+        return whole + (round_index == self.rounds and self.rounds % self.aggregation_interval > 0)

@@ -16,6 +16,7 @@ _PREFIXES = {
     "token_weights": "TOKEN_WEIGHTS_",
     "clustering": "CLUSTERING_",
     "schedule": "SCHEDULE_",
+    "mode": "MODE_",
 }
 
 

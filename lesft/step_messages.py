@@ -209,6 +209,7 @@ def result_to_message(
         nll=result.nll,
         class_counts=result.class_counts or (),
         bundle=bundle_info(data),
+        checkpoint=result.checkpoint,
     ), data
 
 
@@ -238,4 +239,5 @@ def result_from_message(
         loss=header.loss,
         nll=header.nll,
         class_counts=(counts[0], counts[1], counts[2]) if len(counts) == 3 else None,
+        checkpoint=header.checkpoint,
     )

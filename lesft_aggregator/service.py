@@ -10,6 +10,7 @@ from lesft.bundle import CHUNK_BYTES, BundleReader
 from lesft.errors import LesftError, OutOfOrder, TooLarge, Unreachable
 from lesft.v1 import aggregation_pb2 as pb
 from lesft.v1.aggregation_pb2_grpc import AggregationServiceServicer
+from lesft.v1.heartbeat_pb2 import Heartbeat
 from lesft.v1.tensor_pb2 import BundleInfo, Chunk
 from lesft_aggregator.admission import Introduction, check_name
 from lesft_aggregator.intake import Intake
@@ -43,7 +44,11 @@ class AggregationService(AggregationServiceServicer):
         """Takes a client in."""
         client = Introduction(request.client_id, request.run_id, request.num_samples)
         version = await self._rounds.join(request.protocol_version, client)
-        return pb.JoinResponse(version=version, clients=self._settings.clients)
+        return pb.JoinResponse(
+            version=version,
+            clients=self._settings.clients,
+            heartbeat_seconds=self._settings.heartbeat_seconds,
+        )
 
     async def Submit(
         self, requests: AsyncIterator[pb.SubmitRequest], context: Context
@@ -86,9 +91,17 @@ class AggregationService(AggregationServiceServicer):
     async def Fetch(
         self, request: pb.FetchRequest, context: Context
     ) -> AsyncIterator[pb.FetchResponse]:
-        """Waits for a version and sends it from disk, chunk by chunk."""
+        """Waits for a version, with heartbeats, and sends it from disk, chunk by chunk."""
         check_name(request.client_id, request.run_id, self._settings.run_id)
-        adapter = await self._rounds.wait_for_version(request.version)
+        waiting = asyncio.create_task(self._rounds.wait_for_version(request.version))
+        try:
+            while not (await asyncio.wait([waiting], timeout=self._settings.heartbeat_seconds))[0]:
+                missing = ", ".join(self._rounds.missing())
+                waiting_for = f"the adapters of {missing}" if missing else "the averaging"
+                yield pb.FetchResponse(heartbeat=Heartbeat(waiting_for=waiting_for))
+            adapter = waiting.result()
+        finally:
+            waiting.cancel()
         bundle = BundleInfo(total_bytes=adapter.num_bytes, crc32=adapter.crc32)
         yield pb.FetchResponse(
             aggregate=pb.Aggregate(

@@ -30,6 +30,9 @@ class AggregatorSettings(ServiceSettings):
         ge=0,
         description="Seconds from a round's first submission until the quorum suffices; 0: never.",
     )
+    heartbeat_seconds: float = Field(
+        5, gt=0, description="How often a client that waits hears that the aggregator is there."
+    )
     max_submission_mib: int = Field(
         256,
         ge=1,

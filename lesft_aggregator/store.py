@@ -5,7 +5,6 @@ acknowledged; so a row without a file cannot be, and a file without a row is the
 and is removed when the store is opened.
 """
 
-import fcntl
 import hashlib
 import os
 import time
@@ -19,7 +18,7 @@ from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 
 from lesft.errors import InvalidInput
-from lesft.files import write_atomically
+from lesft.files import lock_folder, write_atomically
 from lesft_aggregator.adapters import Layout
 from lesft_aggregator.tables import Adapter, Client, Run, Submission, Table
 
@@ -41,7 +40,7 @@ class Store:
         self._adapters = state / "adapters"
         for folder in (state, self._submissions, self._adapters):
             folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(state)
+        self._lock = lock_folder(state, "--state", "aggregator")
         self._engine = create_engine(f"sqlite:///{state / DATABASE_FILE}")
         event.listen(self._engine, "connect", _set_pragmas)
         try:
@@ -198,18 +197,6 @@ def _remember(session: Session, client_id: str, num_samples: int) -> None:
         session.add(Client(client_id=client_id, num_samples=num_samples, joined=time.time()))
     else:
         client.num_samples = num_samples
-
-
-def _lock(state: Path) -> int:
-    handle = os.open(state / "lock", os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise InvalidInput(
-            f"--state {state} is in use by another aggregator: stop that one, or use another folder"
-        ) from None
-    return handle
 
 
 def _set_pragmas(connection: Any, _: Any) -> None:

@@ -1,42 +1,67 @@
 """The aggregation server as the client sees it: METHOD section 3, steps 8 and 10."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
 
 import grpc
 import torch
 
 from lesft.bundle import BundleReader, bundle_chunks, bundle_info
-from lesft.errors import BundleError, LesftError, OutOfOrder
+from lesft.errors import BundleError, OutOfOrder, Unreachable
 from lesft.interceptors import remote_errors
 from lesft.spec import PROTOCOL_VERSION
 from lesft.tensors import HEADER_BYTES, TensorSpec, decode_tensors, encode_tensors
 from lesft.v1 import aggregation_pb2, aggregation_pb2_grpc
+from lesft_client.link import Patience
 from lesft_client.patience import patiently
+from lesft_client.watchdog import Watchdog
 from lesft_client.wire import WireCounter
+
+T = TypeVar("T")
 
 
 class Aggregator:
-    """Hands in Θ_i and fetches Θ̄. Every call is safe to repeat and is, while nobody answers."""
+    """Hands in Θ_i and fetches Θ̄. Every call is safe to repeat and is, while nobody answers.
+
+    A connection over which nothing was heard for too long is given up for a new one.
+    """
 
     def __init__(
         self,
-        channel: grpc.Channel,
+        connect: Callable[[], grpc.Channel],
         party: str,
         client_id: str,
         run_id: str,
         num_samples: int,
-        patience_seconds: float,
+        patience: Patience,
         wire: WireCounter,
+        still_wanted: Callable[[], None] = lambda: None,
+        on_waiting: Callable[[str], None] = lambda waiting_for: None,
     ) -> None:
-        self._stub = aggregation_pb2_grpc.AggregationServiceStub(channel)
+        """`still_wanted` raises when nothing would come of waiting on.
+
+        `on_waiting` hears what the aggregator waits for, in words.
+        """
+        self._connect = connect
         self._party = party
         self._client_id = client_id
         self._run_id = run_id
         self._num_samples = num_samples
-        self._patience_seconds = patience_seconds
+        self._patience = patience
         self._wire = wire
+        self._still_wanted = still_wanted
+        self._on_waiting = on_waiting
+        self._channel: grpc.Channel | None = None
         self._fetching: grpc.Call | None = None
-        self._run_end: LesftError | None = None
+        self._stall_seconds = patience.stall
+        self._heard = 0
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
 
     def join(self) -> int:
         """Introduce this client; returns the newest version. Raises what it is refused with."""
@@ -48,10 +73,12 @@ class Aggregator:
         )
 
         def call() -> aggregation_pb2.JoinResponse:
-            with remote_errors(self._party):
-                return self._stub.Join(request)
+            with self._watched():
+                return self._stub().Join(request)
 
-        response = patiently(call, self._patience_seconds)
+        response = patiently(call, self._patience.first_contact)
+        # An aggregator whose heartbeats are rarer than our patience is not to be taken for dead.
+        self._stall_seconds = max(self._patience.stall, 3 * response.heartbeat_seconds)
         self._wire.add("up", "other", request.ByteSize())
         self._wire.add("down", "other", response.ByteSize())
         return response.version
@@ -67,21 +94,19 @@ class Aggregator:
             bundle=bundle_info(data),
         )
 
-        def messages() -> Iterator[aggregation_pb2.SubmitRequest]:
-            yield self._sent(aggregation_pb2.SubmitRequest(submission=submission))
-            for chunk in bundle_chunks(data):
-                yield self._sent(aggregation_pb2.SubmitRequest(chunk=chunk))
+        def messages(watchdog: Watchdog) -> Iterator[aggregation_pb2.SubmitRequest]:
+            chunks = (aggregation_pb2.SubmitRequest(chunk=chunk) for chunk in bundle_chunks(data))
+            for message in (aggregation_pb2.SubmitRequest(submission=submission), *chunks):
+                self._wire.add("up", "adapters", message.ByteSize())
+                watchdog.feed()  # what came before it is on its way
+                yield message
 
         def call() -> aggregation_pb2.SubmitResponse:
-            with remote_errors(self._party):
-                return self._stub.Submit(messages())
+            with self._watched() as watchdog:
+                return self._stub().Submit(messages(watchdog))
 
-        response = patiently(call, self._patience_seconds)
+        response = self._again_and_again(call)
         self._wire.add("down", "other", response.ByteSize())
-
-    def _sent(self, message: aggregation_pb2.SubmitRequest) -> aggregation_pb2.SubmitRequest:
-        self._wire.add("up", "adapters", message.ByteSize())
-        return message
 
     def fetch(self, version: int, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Step 10: wait for a version of Θ̄, which must have the names and shapes of `like`."""
@@ -95,39 +120,81 @@ class Aggregator:
 
         def call() -> bytes:
             self._wire.add("up", "other", request.ByteSize())
-            responses = self._fetching = self._stub.Fetch(request)
-            if self._run_end is not None:
-                responses.cancel()
-            with remote_errors(self._party):
-                return self._read(responses, version, max_bytes)
+            with self._watched() as watchdog:
+                responses = self._fetching = self._stub().Fetch(request)
+                try:
+                    self._still_wanted()
+                    return self._read(responses, version, max_bytes, watchdog)
+                finally:
+                    responses.cancel()  # does nothing to one that has ended
 
-        data = patiently(call, self._patience_seconds, self._raise_run_end)
-        return decode_tensors(data, expected)
+        try:
+            return decode_tensors(self._again_and_again(call), expected)
+        finally:
+            self._on_waiting("")
 
-    def end(self, error: LesftError) -> None:
-        """The run is over: a version that is waited for will not come. `fetch` raises `error`.
+    def interrupt(self) -> None:
+        """`still_wanted` has come to raise: let `fetch` ask it. Called from another thread."""
+        fetching = self._fetching
+        if fetching is not None:
+            fetching.cancel()
 
-        Called from another thread than `fetch`.
-        """
-        self._run_end = error
-        if self._fetching is not None:
-            self._fetching.cancel()
+    # ------------------------------------------------------------------ its pieces
 
-    def _raise_run_end(self) -> None:
-        if self._run_end is not None:
-            raise self._run_end
+    def _stub(self) -> aggregation_pb2_grpc.AggregationServiceStub:
+        if self._channel is None:
+            self._channel = self._connect()
+        return aggregation_pb2_grpc.AggregationServiceStub(self._channel)
+
+    def _again_and_again(self, call: Callable[[], T]) -> T:
+        return patiently(
+            call,
+            self._patience.reconnect,
+            self._still_wanted,
+            progress=lambda: self._heard,
+            option="--reconnect-seconds",
+        )
+
+    @contextmanager
+    def _watched(self) -> Iterator[Watchdog]:
+        """Errors of our tree; and the connection is given up when nothing is heard over it."""
+        with Watchdog(self._stall_seconds, self.close) as watchdog:
+            try:
+                with remote_errors(self._party):
+                    yield watchdog
+            except (Unreachable, ValueError) as error:
+                # gRPC raises ValueError for a call on a channel that was closed meanwhile.
+                if watchdog.bitten:
+                    raise Unreachable(
+                        f"{self._party}: nothing was heard of it for {watchdog.seconds:g} s"
+                    ) from None
+                raise error
 
     def _read(
-        self, responses: Iterator[aggregation_pb2.FetchResponse], version: int, max_bytes: int
+        self,
+        responses: Iterator[aggregation_pb2.FetchResponse],
+        version: int,
+        max_bytes: int,
+        watchdog: Watchdog,
     ) -> bytes:
-        header = next(responses, aggregation_pb2.FetchResponse())
-        if header.WhichOneof("message") != "aggregate" or header.aggregate.version != version:
-            raise OutOfOrder(f"{self._party}: did not answer with version {version}")
-        self._wire.add("down", "adapters", header.ByteSize())
-        reader = BundleReader(header.aggregate.bundle, max_bytes)
+        reader: BundleReader | None = None
         for response in responses:
-            if response.WhichOneof("message") != "chunk":
-                raise BundleError(f"{self._party}: chunk {reader.next_index} is missing")
+            watchdog.feed()
+            kind = response.WhichOneof("message")
+            if kind == "heartbeat" and reader is None:
+                self._wire.add("down", "other", response.ByteSize())
+                self._on_waiting(response.heartbeat.waiting_for)
+                continue
+            self._heard += 1
             self._wire.add("down", "adapters", response.ByteSize())
-            reader.add(response.chunk)
+            if reader is None:
+                if kind != "aggregate" or response.aggregate.version != version:
+                    raise OutOfOrder(f"{self._party}: did not answer with version {version}")
+                reader = BundleReader(response.aggregate.bundle, max_bytes)
+            elif kind != "chunk":
+                raise BundleError(f"{self._party}: chunk {reader.next_index} is missing")
+            else:
+                reader.add(response.chunk)
+        if reader is None:
+            raise OutOfOrder(f"{self._party}: did not answer with version {version}")
         return reader.data()

@@ -8,8 +8,30 @@ from lesft.cohort_batch import Part
 from lesft.micro_batch import MicroBatch, Path, StepResult, Targets
 
 
+class Turn(Exception):
+    """The back goes on at another round than the loop: what is in flight is void.
+
+    Any call of a link may raise it. Do what its kind says, `resume` the link there, go on.
+    """
+
+    def __init__(self, round_index: int) -> None:
+        super().__init__(f"go on at round {round_index}")
+        self.round = round_index
+
+
+class GoBack(Turn):
+    """The back stands at an earlier round: load the checkpoint of `round`."""
+
+
+class Rejoin(Turn):
+    """The others have gone on without this client: take the average that `round` begins with."""
+
+
 class BackLink(Protocol):
-    """The back as the training loop sees it; see `lesft_client.stream.ServerStream` for gRPC."""
+    """The back as the training loop sees it; see `lesft_client.link.ServerLink` for gRPC."""
+
+    def resume(self, round_index: int) -> None:
+        """Go on from the beginning of a round; see `Turn`."""
 
     def send(self, batch: MicroBatch) -> None:
         """Hand in a micro-batch; does not wait for its result."""
@@ -31,6 +53,9 @@ class LocalBack:
         self._back = back
         self._client_id = client_id
         self._results: deque[StepResult] = deque()
+
+    def resume(self, round_index: int) -> None:
+        """Nothing is in flight here."""
 
     def send(self, batch: MicroBatch) -> None:
         """Run the step at once."""

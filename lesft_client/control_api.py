@@ -15,6 +15,8 @@ def make_app(status: Status) -> FastAPI:
     registry.register(_StatusCollector(status))
 
     def ready() -> str | None:
+        if status.waiting_for:
+            return f"waiting for {status.waiting_for}"
         return None if status.phase == "training" else f"the client is {status.phase}"
 
     app = make_control_app("LESFT client", registry, ready)

@@ -4,7 +4,7 @@ Pure torch; nothing of the network. Shape letters: B samples, L tokens of the lo
 N tokens of the whole micro-batch, T its target tokens, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from lesft.optimizer import Optimizer
 from lesft.seeds import derive_seed
 from lesft.spec import RunSpec
 from lesft.split import front_forward
+from lesft.training_state import load_training_state, training_state
 from lesft_client.data import EncodedSample
 
 
@@ -110,6 +111,18 @@ class Front:
     def load_adapter(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from Θ̄ (step 10). Raises for a state that is not this front's."""
         load_lora_state(self.model, 0, state)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Θ_i and its optimizer between two rounds; see `lesft.training_state`."""
+        return training_state(self.model, 0, self._optimizer)
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go on from a `state`. Raises BundleError for one that is not this front's."""
+        load_training_state(self.model, 0, self._optimizer, tensors)
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients of a round that is given up."""
+        self._optimizer.drop_gradients()
 
 
 def _detached(path: Path) -> Path:

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SHORTEST_PAUSE_SECONDS = 0.1
-_FIRST_PAUSE_SECONDS = 0.5
+_FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 10.0
 
 _ANSWERED_SECONDS = 60.0
@@ -26,12 +26,14 @@ def patiently(
     patience_seconds: float,
     still_wanted: Callable[[], None] = lambda: None,
     progress: Callable[[], int] = lambda: 0,
+    option: str = "--patience-seconds",
 ) -> T:
     """Call until it no longer raises Unreachable; only for calls that are safe to repeat.
 
     `still_wanted` is asked before each new try, and raises when nothing would come of one.
-    Pauses grow from half a second to ten, with jitter so that clients do not come all at once; the
-    last one ends with the patience. Then it raises the last Unreachable, with the time spent.
+    Pauses grow from a fifth of a second to ten seconds, with jitter so that clients do not come all
+    at once; the last one ends with the patience. Then it raises the last Unreachable, with the time
+    spent and the `option` that sets the patience.
     Patience starts anew after a call that `progress` differs after, or that waited long for its
     answer: it is for services that are away, not for work that takes its time.
     """
@@ -49,7 +51,7 @@ def patiently(
             if waited > patience_seconds - _SHORTEST_PAUSE_SECONDS:
                 raise Unreachable(
                     f"{error} (tried for {waited:.0f} s; is it running and is the address right? "
-                    "--patience-seconds waits longer)"
+                    f"{option} waits longer)"
                 ) from None
             pause = min(next_pause * random.uniform(0.8, 1.2), patience_seconds - waited)
             log.warning("%s; trying again in %.1f s", error, pause)

@@ -1,5 +1,7 @@
 """What the client shows while it works: one bar on a terminal, a line per round elsewhere."""
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +18,9 @@ from rich.progress import (
 
 from lesft_client.status import Status
 
+_WAIT_SECONDS = 10
+"""A wait that is over sooner is not worth a line."""
+
 
 class ProgressDisplay:
     """Shows phases and rounds of one status."""
@@ -26,6 +31,8 @@ class ProgressDisplay:
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._waiting_since = 0.0
+        self._waiting_said = False
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[None]:
@@ -58,14 +65,25 @@ class ProgressDisplay:
         """Show the figures of the round that just ended."""
         body = self._status.body()
         figures = (
-            f"loss {body.loss:.4f}  {body.tokens_per_second:.0f} tokens/s  "
+            f"loss {body.loss or math.nan:.4f}  {body.tokens_per_second:.0f} tokens/s  "
             f"up {decimal(body.bytes_up)}  down {decimal(body.bytes_down)}"
         )
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, advance=1, figures=figures)
+            self._progress.update(self._task, completed=body.round, figures=figures)
             return
         left = f"{body.seconds_left:.0f} s left" if body.seconds_left is not None else ""
         self.say(f"round {body.round}/{body.rounds}  {figures}  {left}")
+
+    def waiting(self, waiting_for: str) -> None:
+        """Note what the run waits for; said in a line of its own once it has lasted a while."""
+        now = time.monotonic()
+        if waiting_for != self._status.waiting_for:
+            self._status.waiting_for = waiting_for
+            self._waiting_since = now
+            self._waiting_said = False
+        elif waiting_for and not self._waiting_said and now - self._waiting_since > _WAIT_SECONDS:
+            self._waiting_said = True
+            self.say(f"waiting for {waiting_for}")
 
     def say(self, message: str) -> None:
         """A line of its own, above the bar where there is one."""

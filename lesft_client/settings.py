@@ -96,8 +96,19 @@ class TrainSettings(DataSettings):
     max_length: int = Field(
         0, ge=0, description="Skip samples of more tokens; 0 takes the run's own limit."
     )
+    fresh: bool = Field(
+        False, description="Drop what an earlier run left in --state and start anew."
+    )
     patience_seconds: float = Field(
-        60, gt=0, description="How long to go on trying a service that does not answer."
+        60, gt=0, description="How long to go on trying a service that has never answered."
+    )
+    reconnect_seconds: float = Field(
+        3600, gt=0, description="How long to go on trying a service that is gone in mid-run."
+    )
+    stall_seconds: float = Field(
+        60,
+        gt=0,
+        description="A connection that falls silent for so long is given up for a new one.",
     )
     progress: Literal["auto", "bar", "lines"] = Field(
         "auto", description="A progress bar, or a line per round; auto asks the terminal."

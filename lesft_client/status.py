@@ -14,10 +14,13 @@ class StatusBody(BaseModel):
     client_id: str
     run_id: str
     phase: str
+    waiting_for: str
+    reconnects: int
     round: int
     rounds: int
     loss: float | None
-    loss_by_round: list[float]
+    loss_by_round: list[float | None]
+    """None for rounds that went on without this client."""
     adapter_version: int
     num_samples: int
     skipped_samples: int
@@ -42,15 +45,32 @@ class Status:
     adapter_version: int = 0
     tokens: int = 0
     """Tokens sent through the front for training, on both paths."""
-    loss_by_round: list[float] = field(default_factory=list)
-    training_since: float | None = None
-    training_until: float | None = None
+    loss_by_round: list[float | None] = field(default_factory=list)
+    waiting_for: str = ""
+    """What the run waits for, in words."""
+    reconnects: int = 0
+    """How often this process had to connect to the server again."""
+    seconds_before: float = 0.0
+    """Training time of what is done, but for the stretch since `_training_since`."""
+    _training_since: float | None = None
+
+    def reconnected(self) -> None:
+        """Count a connection to the server that was made again."""
+        self.reconnects += 1
+
+    def training_begins(self) -> None:
+        """The clock runs."""
+        self._training_since = time.monotonic()
+
+    def training_ends(self) -> None:
+        """The clock stops."""
+        self.seconds_before, self._training_since = self.training_seconds(), None
 
     def training_seconds(self) -> float:
-        """Seconds from the start of the first round to the end of the last, or to now."""
-        if self.training_since is None:
-            return 0.0
-        return (self.training_until or time.monotonic()) - self.training_since
+        """Seconds spent in the training loop so far, waiting included."""
+        if self._training_since is None:
+            return self.seconds_before
+        return self.seconds_before + time.monotonic() - self._training_since
 
     def seconds_left(self) -> float | None:
         """Estimate from the mean round so far; None before the first round's end."""
@@ -66,6 +86,8 @@ class Status:
             client_id=self.client_id,
             run_id=self.run_id,
             phase=self.phase,
+            waiting_for=self.waiting_for,
+            reconnects=self.reconnects,
             round=len(self.loss_by_round),
             rounds=self.rounds,
             loss=self.loss_by_round[-1] if self.loss_by_round else None,

@@ -1,46 +1,46 @@
-"""The back over gRPC: one bidirectional stream; encoding and decoding in threads of their own."""
+"""One training stream: encoding and decoding in threads of their own, heartbeats, and its end."""
 
 import queue
-import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import grpc
 
 from lesft.bundle import BundleReader, bundle_chunks
 from lesft.errors import BundleError, LesftError, OutOfOrder, Unreachable
-from lesft.interceptors import remote_errors
+from lesft.interceptors import error_from
 from lesft.micro_batch import MicroBatch, Path, StepResult, Targets
-from lesft.spec import RunSpec
-from lesft.spec_messages import spec_from_message
 from lesft.step_messages import (
     Limits,
     held_out_to_message,
     micro_batch_to_message,
     result_from_message,
 )
-from lesft.v1 import training_pb2, training_pb2_grpc
+from lesft.v1 import heartbeat_pb2, training_pb2, training_pb2_grpc
+from lesft_client.watchdog import Watchdog
 from lesft_client.wire import Kind, WireCounter, encoded_bytes
 
-_LEAVE_SECONDS = 3
-"""How long to wait until the server has read the leave and closed the stream."""
-_BROKEN_OFF = "the connection broke off in mid-run; look at the server's log, then start again"
+_OPENING_SECONDS = 0.1
+"""How often to look whether the server has said by now how often it wants a heartbeat."""
 
 
 @dataclass(frozen=True)
-class _HeldOut:
+class HeldOutRequest:
+    """Held-out samples to be scored."""
+
     base: Path
     targets: Targets
 
 
-_Outgoing = training_pb2.TrainRequest | MicroBatch | _HeldOut
-_Answer = StepResult | list[float]
+Request = MicroBatch | HeldOutRequest
+Answer = StepResult | list[float]
 
 
-class ServerStream:
-    """An open session. `send` never waits for the network, `receive` does.
+class Stream:
+    """One call of Train on a connection of its own, from its opening to its end.
 
-    The caller bounds what is in flight: it sends at most one accumulation window ahead.
+    `send` and `leave` may be called from any thread and never wait; one thread receives.
     """
 
     def __init__(
@@ -50,66 +50,61 @@ class ServerStream:
         limits: Limits,
         party: str,
         wire: WireCounter,
-        on_end: Callable[[LesftError], None] = lambda error: None,
+        stall_seconds: float,
     ) -> None:
-        """Open the session. Raises what the server refuses it with, or Unreachable.
+        """Open the session; closes `channel` when it is over.
 
-        `on_end` is told why the session is over, in a thread of ours, as soon as it is.
+        Raises what the server refuses the opening with, Unreachable when it does not answer.
         """
+        self._channel = channel
         self._limits = limits
         self._party = party
         self._wire = wire
-        self._on_end = on_end
-        self._outgoing: queue.Queue[_Outgoing | None] = queue.Queue()
-        self._unanswered: queue.Queue[MicroBatch | _HeldOut] = queue.Queue()
-        self._answers: queue.Queue[_Answer | LesftError] = queue.Queue()
+        self._heartbeat_seconds: float | None = None
+        self._outgoing: queue.Queue[training_pb2.TrainRequest | Request | None] = queue.Queue()
         self._outgoing.put(training_pb2.TrainRequest(open=opening))
         self._responses = training_pb2_grpc.TrainingServiceStub(channel).Train(self._requests())
-        self.spec = self._opened()
-        self._receiver = threading.Thread(target=self._receive_all, name="receiver", daemon=True)
-        self._receiver.start()
+        self._watchdog = Watchdog(stall_seconds, self._responses.cancel)
+        try:
+            self.opened = self._read_opened()
+        except BaseException:
+            self.close()
+            raise
+        self._heartbeat_seconds = max(self.opened.heartbeat_seconds, _OPENING_SECONDS)
+        # A server whose heartbeats are rarer than our patience is not to be taken for dead.
+        self._watchdog.seconds = max(stall_seconds, 3 * self._heartbeat_seconds)
 
-    # ------------------------------------------------------------------ the training loop's side
+    # ------------------------------------------------------------------ sending
 
-    def send(self, batch: MicroBatch) -> None:
-        """See `BackLink`."""
-        self._unanswered.put(batch)
-        self._outgoing.put(batch)
-
-    def receive(self) -> StepResult:
-        """See `BackLink`. Raises what ended the session: RunStopped, Unreachable, ..."""
-        answer = self._next_answer()
-        assert isinstance(answer, StepResult), "answers come in the order of the requests"
-        return answer
-
-    def score(self, base: Path, targets: Targets) -> list[float]:
-        """See `BackLink`."""
-        held_out = _HeldOut(base, targets)
-        self._unanswered.put(held_out)
-        self._outgoing.put(held_out)
-        answer = self._next_answer()
-        assert isinstance(answer, list), "answers come in the order of the requests"
-        return answer
+    def send(self, request: Request) -> None:
+        """Send a request after those before it."""
+        self._outgoing.put(request)
 
     def leave(self, reason: str) -> None:
-        """See `BackLink`. Waits until the server has closed the stream, but not for long."""
+        """Send the last message."""
         leave = training_pb2.Leave(reason=reason)
         self._outgoing.put(training_pb2.TrainRequest(leave=leave))
         self._outgoing.put(None)
-        self._receiver.join(_LEAVE_SECONDS)
+
+    def close(self) -> None:
+        """End the call and its connection, whatever is under way."""
+        self._watchdog.stop()
+        self._outgoing.put(None)
         self._responses.cancel()
-
-    def _next_answer(self) -> _Answer:
-        answer = self._answers.get()
-        if isinstance(answer, LesftError):
-            raise answer
-        return answer
-
-    # ------------------------------------------------------------------ gRPC's sending thread
+        self._channel.close()
 
     def _requests(self) -> Iterator[training_pb2.TrainRequest]:
+        """Runs in gRPC's own thread, which takes as much as the server reads."""
         held_out_index = 0
-        while (item := self._outgoing.get()) is not None:
+        while True:
+            try:
+                item = self._outgoing.get(timeout=self._heartbeat_seconds or _OPENING_SECONDS)
+            except queue.Empty:
+                if self._heartbeat_seconds is None:
+                    continue
+                item = training_pb2.TrainRequest(heartbeat=heartbeat_pb2.Heartbeat())
+            if item is None:
+                return
             if isinstance(item, training_pb2.TrainRequest):
                 self._wire.add("up", "other", item.ByteSize())
                 yield item
@@ -143,38 +138,58 @@ class ServerStream:
             parts["activations_reference"] = encoded_bytes(reference_ND, encoding)
         return parts
 
-    # ------------------------------------------------------------------ our receiving thread
+    def drain(self, seconds: float) -> None:
+        """Wait until the server has closed the stream, but not for long."""
+        with Watchdog(seconds, self._responses.cancel), suppress(LesftError):
+            while self._next() is not None:
+                pass
 
-    def _opened(self) -> RunSpec:
-        with remote_errors(self._party):
+    # ------------------------------------------------------------------ receiving
+
+    def receive(
+        self, asked: Callable[[], Request], on_heartbeat: Callable[[str], None]
+    ) -> Answer | None:
+        """The next answer; None when the server has closed the stream well.
+
+        `asked` gives the request that it answers, and `on_heartbeat` hears what the server waits
+        for. Raises what ended the session, Unreachable when nothing was heard for too long.
+        """
+        while (response := self._next()) is not None:
+            kind = response.WhichOneof("message")
+            if kind != "heartbeat":
+                return self._read_answer(response, asked())
+            self._wire.add("down", "other", response.ByteSize())
+            on_heartbeat(response.heartbeat.waiting_for)
+        return None
+
+    def _next(self) -> training_pb2.TrainResponse | None:
+        try:
             response = next(self._responses, None)
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+        self._watchdog.feed()
+        return response
+
+    def _error(self, error: grpc.RpcError) -> LesftError:
+        if self._watchdog.bitten:
+            seconds = self._watchdog.seconds
+            return Unreachable(f"{self._party}: nothing was heard of it for {seconds:g} s")
+        return error_from(error, self._party)
+
+    def _read_opened(self) -> training_pb2.SessionOpened:
+        response = self._next()
         if response is None or response.WhichOneof("message") != "opened":
             raise OutOfOrder(f"{self._party}: did not answer the opening; is it a LESFT server?")
         self._wire.add("down", "other", response.ByteSize())
-        return spec_from_message(response.opened.spec)
+        return response.opened
 
-    def _receive_all(self) -> None:
-        end: LesftError = Unreachable(f"{self._party}: {_BROKEN_OFF}")
-        try:
-            with remote_errors(self._party):
-                for response in self._responses:
-                    self._answers.put(self._receive(response))
-        except Unreachable as error:
-            end = Unreachable(f"{error}: {_BROKEN_OFF}")
-        except LesftError as error:
-            end = error
-        finally:
-            self._answers.put(end)
-            self._on_end(end)
-
-    def _receive(self, response: training_pb2.TrainResponse) -> _Answer:
-        asked = self._unanswered.get()
+    def _read_answer(self, response: training_pb2.TrainResponse, asked: Request) -> Answer:
         kind = response.WhichOneof("message")
-        if isinstance(asked, _HeldOut) and kind == "held_out":
+        if isinstance(asked, HeldOutRequest) and kind == "held_out":
             self._wire.add("down", "other", response.ByteSize())
             return list(response.held_out.nll_sums)
         if isinstance(asked, MicroBatch) and kind == "step":
-            data, size = self._receive_bundle(response.step, self._limits.result_bytes(asked))
+            data, size = self._read_bundle(response.step, self._limits.result_bytes(asked))
             result = result_from_message(response.step, data, asked, self._limits)
             gradients = [result.base_gradient_ND, result.reference_gradient_ND]
             known = sum(g.numel() * g.element_size() for g in gradients if g is not None)
@@ -182,11 +197,11 @@ class ServerStream:
             return result
         raise OutOfOrder(f"{self._party}: sent {kind} where another answer was due")
 
-    def _receive_bundle(self, header: training_pb2.StepResult, max_bytes: int) -> tuple[bytes, int]:
+    def _read_bundle(self, header: training_pb2.StepResult, max_bytes: int) -> tuple[bytes, int]:
         reader = BundleReader(header.bundle, max_bytes)
         size = 0
         while not reader.complete:
-            response = next(self._responses, None)
+            response = self._next()
             if response is None or response.WhichOneof("message") != "chunk":
                 raise BundleError(f"{self._party}: chunk {reader.next_index} is missing")
             reader.add(response.chunk)

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
+import os
 import socket
 import sys
 import time
 from dataclasses import asdict
 from typing import Any
 
-import grpc
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -17,7 +17,7 @@ from lesft.channel import open_channel
 from lesft.control import ControlServer, write_endpoints
 from lesft.device import choose_device
 from lesft.errors import DataError, LesftError, ModelError
-from lesft.files import write_atomically
+from lesft.files import lock_folder, write_atomically
 from lesft.interceptors import remote_errors
 from lesft.spec import PROTOCOL_VERSION, RunSpec
 from lesft.spec_messages import encoding_to_message, lora_to_message, spec_from_message
@@ -26,21 +26,24 @@ from lesft.tensors import encode_tensors
 from lesft.v1 import model_pb2, model_pb2_grpc, training_pb2
 from lesft.weights import front_fingerprint, load_front
 from lesft_client.aggregation import Aggregator
+from lesft_client.back import Rejoin, Turn
 from lesft_client.control_api import make_app
 from lesft_client.data import EncodedSample, Split, encode_samples
 from lesft_client.data_command import samples_of
 from lesft_client.front import Front
 from lesft_client.front_weights import fetched_checkpoint, local_checkpoint
+from lesft_client.link import Patience, ServerLink
 from lesft_client.patience import patiently
 from lesft_client.progress import ProgressDisplay
+from lesft_client.recovery import ClientCheckpoints, drop_state, instance_id
 from lesft_client.settings import TrainSettings
 from lesft_client.status import Status
-from lesft_client.stream import ServerStream
 from lesft_client.trainer import HeldOut, Trainer
 from lesft_client.wire import WireCounter
 
 RESULT_FILE = "result.json"
 ADAPTER_FILE = "adapter.safetensors"
+_HELD_OUT_BEFORE = "held_out_before"
 
 
 class TrainCommand:
@@ -53,75 +56,143 @@ class TrainCommand:
         bar = settings.progress == "bar" or (settings.progress == "auto" and sys.stderr.isatty())
         self._display = ProgressDisplay(self._status, bar)
         self._server = f"server {settings.server}"
+        self._patience = Patience(
+            settings.patience_seconds, settings.reconnect_seconds, settings.stall_seconds
+        )
         self._seconds: dict[str, float] = {}
 
     def run(self) -> None:
         """Train to the end of the run. Raises LesftError for whatever ends it early."""
         settings = self._settings
-        settings.state.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(settings.state, "--state", "client")
+        if settings.fresh:
+            drop_state(settings.state)
         control = ControlServer(make_app(self._status), settings.insecure)
         try:
             address = control.start_in_thread(settings.control)
             write_endpoints(settings.state, {"control": address})
-            with (
-                open_channel(settings.server, settings.insecure) as server,
-                open_channel(settings.aggregator, settings.insecure) as aggregator,
-            ):
-                self._run(server, aggregator)
+            self._run()
         finally:
             control.stop_thread()
+            os.close(lock)
 
-    def _run(self, server: grpc.Channel, aggregator: grpc.Channel) -> None:
+    def _run(self) -> None:
         settings, start = self._settings, time.monotonic()
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        models = model_pb2_grpc.ModelServiceStub(server)
-        description = self._describe_run(models)
-        spec = spec_from_message(description.spec)
-        self._status.run_id, self._status.rounds = spec.run_id, spec.rounds
-
-        training, held_out = self._samples(spec)
-        front, fingerprint = self._front(models, description, spec)
+        with open_channel(settings.server, settings.insecure) as channel:
+            models = model_pb2_grpc.ModelServiceStub(channel)
+            description = self._describe_run(models)
+            spec = spec_from_message(description.spec)
+            self._status.run_id, self._status.rounds = spec.run_id, spec.rounds
+            training, held_out = self._samples(spec)
+            front, fingerprint = self._front(models, description, spec)
         self._check_vocabulary([*training, *held_out], front, spec)
-        averaging = Aggregator(
-            aggregator,
-            f"aggregator {settings.aggregator}",
-            self._status.client_id,
-            spec.run_id,
-            len(training),
-            settings.patience_seconds,
+
+        checkpoints = ClientCheckpoints(
+            settings.state,
+            spec.fingerprint(),
+            training,
+            self._status,
             self._wire,
+            self._display.waiting,
         )
-        self._status.adapter_version = averaging.join()
-        stream = ServerStream(
-            server,
+        link = ServerLink(
+            lambda: open_channel(settings.server, settings.insecure),
             self._opening(spec, fingerprint, len(training)),
             Limits(spec, front.model.config.hidden_size, front.model.config.vocab_size),
             self._server,
             self._wire,
-            on_end=averaging.end,
+            self._patience,
+            checkpoints.rounds,
+            on_turn=lambda: averaging.interrupt(),
+            on_waiting=self._display.waiting,
+            on_reconnect=self._status.reconnected,
         )
-        self._seconds["preparing"] = time.monotonic() - start
-        if spec.clients > 1:
-            self._display.say(f"joined; the run begins when all its {spec.clients} clients have")
+        averaging = Aggregator(
+            lambda: open_channel(settings.aggregator, settings.insecure),
+            f"aggregator {settings.aggregator}",
+            self._status.client_id,
+            spec.run_id,
+            len(training),
+            self._patience,
+            self._wire,
+            still_wanted=link.check,
+            on_waiting=self._display.waiting,
+        )
+        trainer = Trainer(
+            front, link, averaging, training, self._status, settings.in_flight, checkpoints
+        )
         try:
-            trainer = Trainer(front, stream, averaging, training, self._status, settings.in_flight)
-            before = self._score(trainer, held_out, "held_out_before")
-            with self._display.phase("training", spec.rounds):
-                trainer.train(self._display.round_done)
-            self._seconds["training"] = self._status.training_seconds()
-            after = self._score(trainer, held_out, "held_out_after")
+            turn = self._begin(spec, link, averaging, trainer, checkpoints)
+            self._seconds["preparing"] = time.monotonic() - start
+            after = self._train(spec, trainer, checkpoints, held_out, turn)
         except KeyboardInterrupt:
-            stream.leave("stopped by its user")
+            link.leave("stopped by its user")
             raise
         except LesftError as error:
-            stream.leave(str(error))
+            link.leave(str(error))
             raise
         except Exception:
-            stream.leave("it failed; its own log has the details")
+            link.leave("it failed; its own log has the details")
             raise
-        stream.leave("")
-        self._finish(trainer, front, before, after)
+        finally:
+            averaging.close()
+        link.leave("")
+        self._finish(trainer, front, HeldOut(**checkpoints.carried[_HELD_OUT_BEFORE]), after)
+
+    def _begin(
+        self,
+        spec: RunSpec,
+        link: ServerLink,
+        averaging: Aggregator,
+        trainer: Trainer,
+        checkpoints: ClientCheckpoints,
+    ) -> Turn | None:
+        """Join both services and restore what was kept; returns where the server wants us."""
+        kept = checkpoints.rounds()
+        version = averaging.join()
+        turn = link.open()
+        if kept:
+            begin = kept[-1] if isinstance(turn, Rejoin) else turn.round
+            checkpoints.restore_status(begin)
+            trainer.restore(begin)
+            self._display.say(f"resumed at round {turn.round + 1} of {spec.rounds}")
+            return turn
+        if isinstance(turn, Rejoin):
+            self._display.say(f"joined at round {turn.round + 1} of {spec.rounds}")
+            return turn
+        self._status.adapter_version = version
+        link.resume(turn.round)
+        if spec.clients > 1:
+            self._display.say(f"joined; the run begins when all its {spec.clients} clients have")
+        return None
+
+    def _train(
+        self,
+        spec: RunSpec,
+        trainer: Trainer,
+        checkpoints: ClientCheckpoints,
+        held_out: list[EncodedSample],
+        turn: Turn | None,
+    ) -> HeldOut:
+        """Score, train, score; wherever the server goes on, which may change at any moment."""
+        while True:
+            try:
+                if turn is not None:
+                    trainer.turn(turn)
+                    turn = None
+                if _HELD_OUT_BEFORE not in checkpoints.carried:
+                    before = self._score(trainer, held_out, _HELD_OUT_BEFORE)
+                    checkpoints.carried[_HELD_OUT_BEFORE] = asdict(before)
+                    trainer.save()
+                with self._display.phase("training", spec.rounds):
+                    trainer.train(self._display.round_done)
+                self._seconds["training"] = self._status.training_seconds()
+                return self._score(trainer, held_out, "held_out_after")
+            except Turn as new:
+                turn = new
+                self._display.say(f"going on at round {turn.round + 1}")
 
     # ------------------------------------------------------------------ before training
 
@@ -228,7 +299,7 @@ class TrainCommand:
                 settings.gradient_encoding or spec.gradient_encoding
             ),
             num_samples=num_samples,
-            rounds_completed=0,
+            instance_id=instance_id(settings.state),
         )
 
     # ------------------------------------------------------------------ around training
@@ -250,7 +321,9 @@ class TrainCommand:
         write_atomically(state / ADAPTER_FILE, adapter)
         self._status.phase = "finished"
         result: dict[str, Any] = {
-            **self._status.body().model_dump(exclude={"phase", "seconds_left", "loss"}),
+            **self._status.body().model_dump(
+                exclude={"phase", "waiting_for", "seconds_left", "loss"}
+            ),
             "adapter_sha256": hashlib.sha256(adapter).hexdigest(),
             "held_out_before": asdict(before),
             "held_out_after": asdict(after),

@@ -1,5 +1,6 @@
 """The client's training loop: METHOD section 3, steps 1, 2 and 7 to 10. No gRPC here."""
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,12 +10,15 @@ from typing import Protocol
 
 import torch
 
-from lesft.micro_batch import StepKey
+from lesft.errors import StaleVersion
+from lesft.micro_batch import StepKey, StepResult
 from lesft.spec import RunSpec
-from lesft_client.back import BackLink
+from lesft_client.back import BackLink, Rejoin, Turn
 from lesft_client.data import EncodedSample, sample_index
 from lesft_client.front import ForwardPass, Front
 from lesft_client.status import Status
+
+log = logging.getLogger(__name__)
 
 
 class AggregatorLink(Protocol):
@@ -25,6 +29,16 @@ class AggregatorLink(Protocol):
 
     def fetch(self, version: int, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Wait for a version of the averaged adapter."""
+
+
+class Keeper(Protocol):
+    """Where checkpoints go; see `lesft_client.recovery.ClientCheckpoints`."""
+
+    def save(self, round_index: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep the state before a round; it would survive a power cut when this returns."""
+
+    def load(self, round_index: int) -> Mapping[str, torch.Tensor]:
+        """The state before a round, one that was saved."""
 
 
 @dataclass
@@ -54,8 +68,12 @@ class Trainer:
         samples: Sequence[EncodedSample],
         status: Status,
         in_flight: int = 0,
+        keeper: Keeper | None = None,
     ) -> None:
-        """`in_flight` bounds the micro-batches sent ahead; 0 takes the whole window."""
+        """`in_flight` bounds the micro-batches sent ahead; 0 takes the whole window.
+
+        Without a `keeper` there are no checkpoints to go back to.
+        """
         self._front = front
         self._back = back
         self._aggregator = aggregator
@@ -63,38 +81,50 @@ class Trainer:
         self._status = status
         self._spec: RunSpec = front.spec
         self._max_in_flight = in_flight or self._spec.accumulation
+        self._keeper = keeper
+        self.round = 0
+        """The round to train next, counted from 0."""
         self.timer = PhaseTimer()
 
     # ------------------------------------------------------------------ the training step
 
     def train(self, on_round: Callable[[], None] = lambda: None) -> None:
-        """All rounds; `on_round` is called after each."""
-        self._status.training_since = time.monotonic()
-        for round_index in range(self._spec.rounds):
-            losses = self._train_round(round_index)
-            if self._spec.aggregates_after(round_index):
-                self._aggregate()
-            self._status.loss_by_round.append(sum(losses) / len(losses))
-            on_round()
-        self._status.training_until = time.monotonic()
+        """All rounds that are left; `on_round` is called after each.
 
-    def _train_round(self, round_index: int) -> list[float]:
+        Raises Turn when the server goes on at another round: `turn` there and train on.
+        """
+        self._status.training_begins()
+        try:
+            while self.round < self._spec.rounds:
+                results = self._train_round(self.round)
+                if self._spec.aggregates_after(self.round):
+                    self._aggregate()
+                losses = [result.loss for result in results]
+                self._status.loss_by_round.append(sum(losses) / len(losses))
+                self.round += 1
+                if results[-1].checkpoint:
+                    self.save()
+                on_round()
+        finally:
+            self._status.training_ends()
+
+    def _train_round(self, round_index: int) -> list[StepResult]:
         """One accumulation window and its optimizer step.
 
         The adapters do not change within the window, so later micro-batches go forward while the
         gradients of earlier ones are on their way: the same numbers, and the latency is hidden.
         """
         in_flight: deque[ForwardPass] = deque()
-        losses: list[float] = []
+        results: list[StepResult] = []
         for micro in range(self._spec.accumulation):
             if len(in_flight) == self._max_in_flight:
-                losses.append(self._finish(in_flight.popleft()))
+                results.append(self._finish(in_flight.popleft()))
             in_flight.append(self._start(StepKey(round_index, micro)))
         while in_flight:
-            losses.append(self._finish(in_flight.popleft()))
+            results.append(self._finish(in_flight.popleft()))
         with self.timer.phase("optimizer"):
             self._front.step()
-        return losses
+        return results
 
     def _start(self, key: StepKey) -> ForwardPass:
         """Steps 1 and 2: draw a mini-batch, go forward on both paths, upload."""
@@ -104,8 +134,8 @@ class Trainer:
         self._back.send(forward.micro_batch)
         return forward
 
-    def _finish(self, forward: ForwardPass) -> float:
-        """Step 7: wait for the gradient and go backward. Returns the micro-batch's loss."""
+    def _finish(self, forward: ForwardPass) -> StepResult:
+        """Step 7: wait for the gradient and go backward. Returns what came back."""
         with self.timer.phase("waiting_for_gradient"):
             result = self._back.receive()
         with self.timer.phase("front_backward"):
@@ -113,16 +143,62 @@ class Trainer:
         batch = forward.micro_batch
         self._status.tokens += sum(batch.base.lengths)
         self._status.tokens += sum(batch.reference.lengths) if batch.reference else 0
-        return result.loss
+        return result
 
     def _aggregate(self) -> None:
         """Steps 8 to 10: hand in Θ_i, wait for Θ̄ and go on from it."""
         version = self._status.adapter_version
         with self.timer.phase("aggregation"):
-            state = self._front.adapter()
-            self._aggregator.submit(version, state)
-            self._front.load_adapter(self._aggregator.fetch(version + 1, like=state))
-        self._status.adapter_version = version + 1
+            try:
+                self._aggregator.submit(version, self._front.adapter())
+            except StaleVersion:
+                if self._spec.mode == "lockstep":
+                    raise
+                log.warning("version %d was averaged without this client", version + 1)
+            self._take_average(version + 1)
+
+    def _take_average(self, version: int) -> None:
+        state = self._front.adapter()
+        self._front.load_adapter(self._aggregator.fetch(version, like=state))
+        self._status.adapter_version = version
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save(self) -> None:
+        """Keep a checkpoint of the state before the next round."""
+        if self._keeper is not None:
+            with self.timer.phase("checkpoints"):
+                self._keeper.save(self.round, self._front.state())
+
+    def turn(self, turn: Turn) -> None:
+        """Go on where the server does; what was begun since is void."""
+        if isinstance(turn, Rejoin):
+            self.rejoin(turn.round)
+        else:
+            self.go_back(turn.round)
+
+    def restore(self, round_index: int) -> None:
+        """Load the checkpoint of a round."""
+        assert self._keeper is not None, "without checkpoints there is nothing to go back to"
+        self._front.load_state(self._keeper.load(round_index))
+        self.round = round_index
+        del self._status.loss_by_round[round_index:]
+
+    def go_back(self, round_index: int) -> None:
+        """Go on from the checkpoint of a round."""
+        self.restore(round_index)
+        self._back.resume(round_index)
+
+    def rejoin(self, round_index: int) -> None:
+        """Go on from the average that a round begins with, having missed some of those before."""
+        self._back.resume(round_index)
+        self._front.drop_gradients()
+        before, now = (self._spec.aggregations_before(r) for r in (self.round, round_index))
+        if now > before:
+            self._take_average(self._status.adapter_version + now - before)
+        losses = self._status.loss_by_round
+        losses += [None] * (round_index - len(losses))
+        self.round = round_index
 
     # ------------------------------------------------------------------ beside training
 

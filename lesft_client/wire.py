@@ -1,6 +1,7 @@
 """Bytes on the wire by kind and direction, as the messages' serialized sizes."""
 
 import threading
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
@@ -42,6 +43,13 @@ class WireCounter:
         """All bytes in one direction."""
         with self._lock:
             return sum(self._bytes[direction].values())
+
+    def add_all(self, counts: Mapping[Direction, Mapping[Kind, int]]) -> None:
+        """Count what an earlier process of this client counted: a `by_kind`."""
+        with self._lock:
+            for way, kinds in counts.items():
+                for kind, count in kinds.items():
+                    self._bytes[way][kind] += count
 
     def by_kind(self) -> dict[Direction, dict[Kind, int]]:
         """A copy of all counts: direction, kind, bytes."""

@@ -1,91 +1,372 @@
-"""The cohort: all clients' parts of one micro-batch, batched into one step of the back."""
+"""The cohort: all clients' parts of one micro-batch, batched into one step of the back.
+
+A step ends when its answers are in the ledger, and after the last one of a round with a checkpoint,
+when that is on disk. Only then does anyone get an answer.
+"""
 
 import asyncio
+import enum
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lesft.adapters import lora_state
+import torch
+
 from lesft.back import Back
+from lesft.checkpoints import Checkpoint
 from lesft.cohort_batch import Part
-from lesft.errors import LesftError, RunStopped
+from lesft.errors import LeftBehind, LesftError, OutOfOrder, RunStopped
 from lesft.files import write_atomically
 from lesft.micro_batch import MicroBatch, StepKey, StepResult
+from lesft.step_messages import result_to_message
 from lesft.tensors import encode_tensors
+from lesft.training_state import adapter_of
 from lesft_server.device_thread import DeviceThread
+from lesft_server.journal import Journal
+from lesft_server.ledger import Entry, check_same
 from lesft_server.run import RoundRecord, Run, RunState
 
 log = logging.getLogger(__name__)
 
-_Waiting = dict[str, tuple[MicroBatch, "asyncio.Future[StepResult]"]]
+_STOP_SECONDS = 5.0
+"""What clients get to take their checkpoints before an operator's stop ends their sessions."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A client's micro-batch, and the SHA-256 of what it sent."""
+
+    batch: MicroBatch
+    digest: bytes
+
+
+class StepState(enum.Enum):
+    """Where the step of one key stands."""
+
+    COLLECTING = "collecting"
+    STEPPING = "stepping"
+    KEPT = "kept"
+    FAILED = "failed"
+
+
+STEP_MOVES: dict[StepState, frozenset[StepState]] = {
+    StepState.COLLECTING: frozenset({StepState.STEPPING}),
+    StepState.STEPPING: frozenset({StepState.KEPT, StepState.FAILED}),
+    StepState.KEPT: frozenset(),
+    StepState.FAILED: frozenset(),
+}
+
+
+class _Part:
+    """One client's request, and the answer's being kept."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def refuse(self, error: LesftError) -> None:
+        """Whoever waits for the answer gets an error."""
+        self.kept.set_exception(error)
+        self.kept.exception()  # nobody need be waiting
+
+
+class _Step:
+    """The parts of one key, from the first one's coming until the answers are kept."""
+
+    def __init__(self, key: StepKey) -> None:
+        self.key = key
+        self.state = StepState.COLLECTING
+        self.parts: dict[str, _Part] = {}
+        self.timer: asyncio.TimerHandle | None = None
+        self.deadline_passed = False
+
+    def move(self, state: StepState) -> None:
+        """Go on to the next state."""
+        assert state in STEP_MOVES[self.state], f"{self.state} does not lead to {state}"
+        self.state = state
 
 
 class Cohort:
-    """Collects parts by key; the last one of a key starts the step for all of them.
+    """Collects parts by key; a step begins when the parts of all that are expected are there.
 
-    Clients send their keys in order, so the keys' cohorts become complete in order too.
+    In lockstep these are all members. With a deadline they are, at the beginning of a round, all
+    that took part in the round before or have connected since, and within a round all that take
+    part in it; once the deadline has passed a quorum of them suffices, and whoever is late rejoins at the
+    next round. Steps begin in the order of their keys. A part stays when its client goes away: the
+    step is taken without asking for it again, and the answer waits in the ledger.
     """
 
-    def __init__(self, run: Run, back: Back, device: DeviceThread, adapter_file: Path) -> None:
+    def __init__(
+        self, run: Run, back: Back, device: DeviceThread, journal: Journal, adapter_file: Path
+    ) -> None:
         """`adapter_file` is where Φ is written after the last round."""
         self._run = run
         self._back = back
         self._device = device
+        self._journal = journal
         self._adapter_file = adapter_file
-        self._waiting: dict[StepKey, _Waiting] = {}
-        self._steps: set[asyncio.Task[None]] = set()
+        self._steps: dict[StepKey, _Step] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._window: list[tuple[Sequence[float], list[StepResult]]] = []
         self._window_start: float | None = None
+        self._last_checkpoint = len(run.rounds)
+        self._taking_part: set[str] = set()
+        """Clients whose parts were in the newest step."""
+        self._missing: set[str] = set()
+        """Connected clients that a round began without: one deadline a session is enough."""
+        self.next_key = StepKey(len(run.rounds), 0)
+        """The first step whose answers are not kept."""
+        self._to_begin = self.next_key
+        """The first step that has not begun."""
+        run.on_change = self._begin_what_is_complete
 
-    async def take(self, client_id: str, batch: MicroBatch) -> StepResult:
-        """Hand in a client's part and wait for its result."""
-        future: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
+    def close(self) -> None:
+        """Drop the steps under way; nobody gets their answers."""
+        for task in self._tasks:
+            task.cancel()
+
+    # ------------------------------------------------------------------ parts
+
+    async def take(self, client_id: str, request: Request) -> None:
+        """Hand in a client's part, or the same once more; returns once its answer is kept.
+
+        Raises OutOfOrder for another part than the one before under the same key, LeftBehind when
+        the step went on without this client.
+        """
+        key = request.batch.key
+        if self._journal.ledger.find(client_id, key, request.digest) and key < self.next_key:
+            return
+        step = self._steps.get(key)
+        part = step.parts.get(client_id) if step else None
+        if part is not None:
+            check_same(client_id, key, part.request.digest, request.digest)
+        elif key < self._to_begin or self._is_out(client_id, key):
+            raise self._too_late(client_id, key)
+        else:
+            part = self._add(client_id, _Part(request))
+        await asyncio.shield(part.kept)
+
+    def _add(self, client_id: str, part: _Part) -> _Part:
+        key = part.request.batch.key
+        step = self._steps.setdefault(key, _Step(key))
+        step.parts[client_id] = part
         self._window_start = self._window_start or time.monotonic()
-        waiting = self._waiting.setdefault(batch.key, {})
-        waiting[client_id] = (batch, future)
-        if len(waiting) == self._run.spec.clients:
-            del self._waiting[batch.key]
-            # A task of its own: the step must not end with the call of the client that came last.
-            step = asyncio.create_task(self._step(batch.key, waiting))
-            self._steps.add(step)
-            step.add_done_callback(self._steps.discard)
-        return await future
+        self._begin_what_is_complete()
+        return part
+
+    def _too_late(self, client_id: str, key: StepKey) -> LesftError:
+        if self._run.spec.mode == "deadline":
+            return LeftBehind(f"client {client_id!r} was late for {key}, which went on without it")
+        return OutOfOrder(f"{key} was done, but its answer is no longer kept")
+
+    def due(self) -> list[str]:
+        """The clients whose part of the next step is missing."""
+        step = self._steps.get(self._to_begin)
+        return sorted(self._expected(self._to_begin) - (step.parts.keys() if step else set()))
+
+    def can_go_on_at(self, client_id: str, key: StepKey) -> bool:
+        """Whether a client can go on from a key: it took part in all that has begun since."""
+        if key > self._to_begin or key.round < self._journal.ledger.first_round:
+            return False
+        while key < self._to_begin:
+            step = self._steps.get(key)
+            if not self._journal.ledger.has(client_id, key) and not (
+                step and client_id in step.parts
+            ):
+                return False
+            key = key.following(self._run.spec.accumulation)
+        return not self._is_out(client_id, key)
+
+    @property
+    def rejoins_at(self) -> int | None:
+        """The round at which a client can rejoin that the others went on without."""
+        if self._run.spec.mode == "lockstep" or self._run.state is RunState.WAITING:
+            return None
+        return self._to_begin.round + (self._to_begin.micro > 0)
+
+    def welcome(self, client_id: str) -> None:
+        """A client has opened a session: the next round waits for it."""
+        self._missing.discard(client_id)
 
     def withdraw(self, client_id: str) -> None:
-        """Drop the parts of a client that is gone, but for those whose step has been started."""
-        for waiting in self._waiting.values():
-            waiting.pop(client_id, None)
+        """Drop a client's parts of the steps that have not begun: it will send them again."""
+        for key, step in list(self._steps.items()):
+            if step.state is StepState.COLLECTING:
+                step.parts.pop(client_id, None)
+                if not step.parts:
+                    self._drop_timer(step)
+                    del self._steps[key]
 
-    async def _step(self, key: StepKey, waiting: _Waiting) -> None:
-        """Run a complete cohort in client-id order and hand out the results."""
-        shares = self._run.shares()
-        parts = [Part(name, waiting[name][0], share) for name, share in shares.items()]
+    # ------------------------------------------------------------------ when a step begins
+
+    def _is_out(self, client_id: str, key: StepKey) -> bool:
+        """Whether the round of a key, or the rest of it, goes on without a client."""
+        in_mid_round = key.round == self._to_begin.round and self._to_begin.micro > 0
+        return in_mid_round and client_id not in self._taking_part
+
+    def _expected(self, key: StepKey) -> set[str]:
+        members = self._run.members
+        if self._run.spec.mode == "lockstep":
+            return set(members)
+        if key.micro > 0:
+            return self._taking_part & members.keys()
+        return {
+            name
+            for name, member in members.items()
+            if (member.connected and name not in self._missing)
+            or (name in self._taking_part and not member.left)
+        }
+
+    def _begin_what_is_complete(self) -> None:
+        while self._run.state is RunState.TRAINING:
+            step = self._steps.get(self._to_begin)
+            if step is None:
+                return
+            members = self._run.members
+            for name in step.parts.keys() - members.keys():
+                step.parts.pop(name)  # of a client that was dropped
+            complete = self._expected(step.key) <= step.parts.keys()
+            enough = len(step.parts) >= min(self._run.spec.required, len(members))
+            if not enough or not (complete or step.deadline_passed):
+                self._set_deadline(step)
+                return
+            self._begin(step)
+
+    def _set_deadline(self, step: _Step) -> None:
+        """From the moment on that a step has a part and is the next to begin."""
+        if self._run.spec.mode == "deadline" and step.timer is None:
+            loop = asyncio.get_running_loop()
+            step.timer = loop.call_later(self._run.spec.deadline_seconds, self._on_deadline, step)
+
+    def _begin(self, step: _Step) -> None:
+        """In a task of its own: the step must not end with the call of whoever came last."""
+        self._drop_timer(step)
+        step.move(StepState.STEPPING)
+        late = self._expected(step.key) - step.parts.keys()
+        if late:
+            log.warning("%s begins without %s", step.key, ", ".join(sorted(late)))
+        self._missing = (self._missing | late) - step.parts.keys()
+        self._taking_part = set(step.parts)
+        self._to_begin = step.key.following(self._run.spec.accumulation)
+        for other in list(self._steps.values()):
+            if other.key > step.key and other.key.round == step.key.round:
+                for name in other.parts.keys() - self._taking_part:
+                    other.parts.pop(name).refuse(self._too_late(name, other.key))
+        task = asyncio.create_task(self._run_step(step))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _on_deadline(self, step: _Step) -> None:
+        step.deadline_passed = True
+        required = self._run.spec.required
+        if len(step.parts) < required:
+            log.warning(
+                "%s: the deadline has passed with %d clients, %d are needed: waiting on for %s",
+                step.key,
+                len(step.parts),
+                required,
+                ", ".join(self.due()) or "others to join",
+            )
+        self._begin_what_is_complete()
+
+    def _drop_timer(self, step: _Step) -> None:
+        if step.timer is not None:
+            step.timer.cancel()
+
+    # ------------------------------------------------------------------ the step
+
+    async def _run_step(self, step: _Step) -> None:
+        """Run a complete cohort in client-id order and keep the answers."""
+        key = step.key
         try:
-            results = await self._device.run(lambda: self._train(key, parts))
+            await self._run.may_step()
+            self._stop_if_asked(key)
+            await self._take_step(key, {name: part.request for name, part in step.parts.items()})
         except Exception as error:
             if not isinstance(error, LesftError):
                 log.exception("%s failed", key)
                 error = RunStopped(f"{key} failed on the server; its log has the details")
+            step.move(StepState.FAILED)
             self._run.stop(str(error))  # ends every call that waits for this step
             return
-        if self._run.state is not RunState.TRAINING:
-            return
-        self._record(key, list(shares.values()), results)
-        for name, result in zip(shares, results, strict=True):
-            future = waiting[name][1]
-            if not future.done():
-                future.set_result(result)
+        step.move(StepState.KEPT)
+        self.next_key = key.following(self._run.spec.accumulation)
+        del self._steps[key]
+        for part in step.parts.values():
+            part.kept.set_result(None)
+        if self.next_key.round == self._run.spec.rounds:
+            self._run.finish()
+        elif self._run.stop_wanted:
+            self.stop_after_round()
 
-    def _train(self, key: StepKey, parts: list[Part]) -> list[StepResult]:
-        """On the device thread. Φ is on disk before anyone hears that the last step is done."""
-        if self._run.state is not RunState.TRAINING:
-            raise RunStopped(f"{key} came too late")
-        results = self._back.train_step(key, parts)
-        if key.following(self._run.spec.accumulation).round == self._run.spec.rounds:
-            state = lora_state(self._back.model, self._run.spec.cut_layer)
-            write_atomically(self._adapter_file, encode_tensors(state, "raw"))
-        return results
+    async def _take_step(self, key: StepKey, requests: Mapping[str, Request]) -> None:
+        run, shares = self._run, self._run.shares(requests)
+        parts = [Part(name, requests[name].batch, share) for name, share in shares.items()]
+
+        def train() -> tuple[list[StepResult], dict[str, torch.Tensor] | None]:
+            if run.state is not RunState.TRAINING:
+                raise RunStopped(f"{key} came too late")
+            results = self._back.train_step(key, parts)
+            return results, self._back.state() if self._checkpoint_is_due(key) else None
+
+        results, tensors = await self._device.run(train)
+        run.count_step(key, [requests[name].digest for name in shares])
+        self._record(key, list(shares.values()), results)
+
+        def entries() -> list[Entry]:
+            encoding = run.spec.gradient_encoding
+            return [
+                Entry(
+                    name,
+                    requests[name].digest,
+                    *result_to_message(replace(result, checkpoint=tensors is not None), encoding),
+                )
+                for name, result in zip(shares, results, strict=True)
+            ]
+
+        await self._journal.append(entries)
+        if tensors is not None:
+            run.checkpoint_wanted = False
+            checkpoint = Checkpoint(key.round + 1, tensors, run.facts())
+            await self._journal.checkpoint(checkpoint, lambda: self._write_adapter(checkpoint))
+            self._last_checkpoint = checkpoint.round
+
+    def _checkpoint_is_due(self, key: StepKey) -> bool:
+        run = self._run
+        return key.micro == run.spec.accumulation - 1 and (
+            run.spec.aggregates_after(key.round) or run.checkpoint_wanted or run.stop_wanted
+        )
+
+    def _write_adapter(self, checkpoint: Checkpoint) -> None:
+        """Φ as its own file, after the last round."""
+        if checkpoint.round == self._run.spec.rounds:
+            adapter = adapter_of(checkpoint.tensors)
+            write_atomically(self._adapter_file, encode_tensors(adapter, "raw"))
+
+    def stop_after_round(self) -> None:
+        """Stop the run at the end of the round under way, with a checkpoint on all sides.
+
+        The clients get a while to take theirs; one that is away is answered from the ledger when
+        all are started again.
+        """
+        self._run.stop_wanted = True
+        if self._may_stop_before(self.next_key):
+            loop = asyncio.get_running_loop()
+            loop.call_later(_STOP_SECONDS, self._stop_now, self.next_key)
+
+    def _may_stop_before(self, key: StepKey) -> bool:
+        return self._run.stop_wanted and key == StepKey(self._last_checkpoint, 0)
+
+    def _stop_now(self, key: StepKey) -> None:
+        if key == self.next_key and self._may_stop_before(key):
+            self._run.stop(_stopped_by_operator(key))
+
+    def _stop_if_asked(self, key: StepKey) -> None:
+        """When every client has sent a part of the round after a checkpoint, all have theirs."""
+        if self._may_stop_before(key):
+            raise RunStopped(_stopped_by_operator(key))
 
     def _record(self, key: StepKey, shares: Sequence[float], results: list[StepResult]) -> None:
         self._window.append((shares, results))
@@ -103,6 +384,13 @@ class Cohort:
                 seconds=now - start,
             )
         )
+
+
+def _stopped_by_operator(key: StepKey) -> str:
+    return (
+        f"its operator stopped it after round {key.round}; start server and clients again with the "
+        "same --state to go on"
+    )
 
 
 def _mean_by_share(

@@ -11,14 +11,23 @@ from pydantic import BaseModel
 from lesft.control import make_control_app
 from lesft.spec import RunSpec
 from lesft_server.run import Run, RunState
+from lesft_server.session import Engine
 
 
 class RunBody(BaseModel):
-    """Answer of GET /v1/run."""
+    """Answer of GET /v1/run.
+
+    `steps_applied` are the micro-batches that the model has gone through and `lineage` is a SHA-256
+    chain over them, both of the course that led to it: what was lost and done again counts once.
+    """
 
     state: str
     reason: str
+    waiting_for: str
+    paused: bool
     rounds_done: int
+    steps_applied: int
+    lineage: str
     clients_joined: int
     spec_fingerprint: str
     spec: RunSpec
@@ -34,6 +43,8 @@ class ClientBody(BaseModel):
     next_round: int
     next_micro: int
     last_seen: float
+    resumed: int
+    away_because: str
 
 
 class RoundBody(BaseModel):
@@ -46,27 +57,76 @@ class RoundBody(BaseModel):
     seconds: float
 
 
-def make_app(run: Run) -> FastAPI:
-    """GET /v1/run, /v1/clients and /v1/rounds beside what every control API has."""
+def make_app(engine: Engine) -> FastAPI:
+    """The run, its clients and its rounds beside what every control API has, and orders to the run.
+
+    An order is a POST; each is safe to repeat and answers with the run.
+    """
+    run = engine.run
     registry = CollectorRegistry()
     registry.register(_RunCollector(run))
 
     def ready() -> str | None:
-        return f"the run has ended: {run.reason}" if run.state is RunState.STOPPED else None
+        if run.state is RunState.STOPPED:
+            return f"the run has ended: {run.reason}"
+        due = engine.cohort.due()
+        held_up = run.obstacle or any(not run.members[name].connected for name in due)
+        if run.state is RunState.TRAINING and held_up:
+            return f"waiting for {run.waiting_for(due)}"
+        return None
+
+    def run_body() -> RunBody:
+        return RunBody(
+            state=run.state.value,
+            reason=run.reason,
+            waiting_for=run.waiting_for(engine.cohort.due()),
+            paused=run.paused,
+            rounds_done=len(run.rounds),
+            steps_applied=run.steps,
+            lineage=run.lineage,
+            clients_joined=len(run.members),
+            spec_fingerprint=run.spec.fingerprint(),
+            spec=run.spec,
+        )
 
     app = make_control_app("LESFT server", registry, ready)
 
     @app.get("/v1/run")
     async def get_run() -> RunBody:
         """What the run is and where it stands."""
-        return RunBody(
-            state=run.state.value,
-            reason=run.reason,
-            rounds_done=len(run.rounds),
-            clients_joined=len(run.members),
-            spec_fingerprint=run.spec.fingerprint(),
-            spec=run.spec,
-        )
+        return run_body()
+
+    @app.post("/v1/pause")
+    async def pause() -> RunBody:
+        """Take no further step until /v1/resume; the clients stay and wait."""
+        run.pause()
+        return run_body()
+
+    @app.post("/v1/resume")
+    async def resume() -> RunBody:
+        """Take steps again."""
+        run.go_on()
+        return run_body()
+
+    @app.post("/v1/checkpoint")
+    async def checkpoint() -> RunBody:
+        """Take a checkpoint on all sides at the end of the round that is under way."""
+        run.checkpoint_wanted = True
+        return run_body()
+
+    @app.post("/v1/stop")
+    async def stop() -> RunBody:
+        """Stop after the round that is under way; started again, the run goes on from there."""
+        engine.cohort.stop_after_round()
+        return run_body()
+
+    @app.delete("/v1/clients/{client_id}")
+    async def drop(client_id: str) -> RunBody:
+        """Go on without a client for good. The aggregator has to be told too: see its --clients."""
+        if client_id in run.members:
+            await engine.journal.drop(client_id)
+        run.drop(client_id)
+        return run_body()
 
     @app.get("/v1/clients")
     async def get_clients() -> list[ClientBody]:
@@ -80,6 +140,8 @@ def make_app(run: Run) -> FastAPI:
                 next_round=run.members[name].next_key.round,
                 next_micro=run.members[name].next_key.micro,
                 last_seen=run.members[name].last_seen,
+                resumed=run.members[name].resumed,
+                away_because="" if run.members[name].connected else run.members[name].away_because,
             )
             for name, share in run.shares().items()
         ]

@@ -1,13 +1,17 @@
-"""The opening handshake: every field that client and server must agree on, refused by name."""
+"""The opening handshake: what both must agree on, refused by name, and where a client goes on."""
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from lesft.errors import HandshakeMismatch, InvalidInput
+from lesft.micro_batch import StepKey
 from lesft.spec import PROTOCOL_VERSION, RunSpec
 from lesft.spec_messages import encoding_name
 from lesft.v1 import training_pb2
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+MAX_INSTANCE_ID = 64
 
 
 def check_protocol_version(version: int) -> None:
@@ -41,11 +45,51 @@ def check_opening(opening: training_pb2.OpenSession, spec: RunSpec) -> None:
     for name in ("activation_encoding", "gradient_encoding"):
         theirs = encoding_name(getattr(opening, name))
         _check(name, getattr(spec, name), theirs, f"leave the client's {name} out")
-    _check(
-        "rounds_completed",
-        0,
-        opening.rounds_completed,
-        "this server starts the run from its first round; start the client with an empty --state",
+    if len(opening.instance_id) > MAX_INSTANCE_ID:
+        raise InvalidInput(
+            f"instance_id must have at most {MAX_INSTANCE_ID} characters, got "
+            f"{len(opening.instance_id)}"
+        )
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a client goes on, and how it gets there."""
+
+    key: StepKey
+    course: training_pb2.Course.ValueType
+
+
+def resume_point(
+    opening: training_pb2.OpenSession,
+    can_go_on_at: Callable[[StepKey], bool],
+    first_round: int,
+    next_key: StepKey,
+    rejoins_at: int | None,
+) -> ResumePoint:
+    """Where a client goes on, on a server whose next step is `next_key`.
+
+    `can_go_on_at` says whether the server has the client's answers from a key on, which it may have
+    from `first_round` on. A client that stands where it can goes on there; one that stands
+    elsewhere, or has just been started, goes to the newest of its checkpoints where it can. When
+    there is none it rejoins at the round `rejoins_at`, if the others go on without it. Else raises
+    HandshakeMismatch.
+    """
+    if opening.HasField("position"):
+        position = StepKey(opening.position.round, opening.position.micro)
+        if can_go_on_at(position):
+            return ResumePoint(position, training_pb2.COURSE_CONTINUE)
+    checkpoints = list(opening.checkpoint_rounds) or [0]
+    usable = [r for r in checkpoints if can_go_on_at(StepKey(r, 0))]
+    if usable:
+        return ResumePoint(StepKey(max(usable), 0), training_pb2.COURSE_GO_BACK)
+    if rejoins_at is not None:
+        return ResumePoint(StepKey(rejoins_at, 0), training_pb2.COURSE_REJOIN)
+    theirs = ",".join(map(str, checkpoints))
+    raise HandshakeMismatch(
+        f"checkpoint_rounds: server {first_round} to {next_key.round}, client {theirs}; give the "
+        "client, or the server, the --state that it had before, or start everybody anew with "
+        "--fresh"
     )
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from lesft.back import Back
 from lesft.channel import bind, check_open, make_server, set_serving
 from lesft.control import ControlServer, write_endpoints
 from lesft.device import choose_device
-from lesft.files import write_atomically
+from lesft.errors import Unreachable
+from lesft.files import lock_folder, write_atomically
 from lesft.hub import model_folder
 from lesft.spec import RunSpec
 from lesft.split import check_cut_layer, default_cut_layer
@@ -24,6 +26,7 @@ from lesft_server import model_service, training_service
 from lesft_server.cohort import Cohort
 from lesft_server.control_api import make_app
 from lesft_server.device_thread import DeviceThread
+from lesft_server.journal import Journal, drop_journal
 from lesft_server.run import Run
 from lesft_server.session import Engine
 from lesft_server.settings import ServerSettings
@@ -43,6 +46,8 @@ class Server:
         self._device = DeviceThread()
         self._server: grpc.aio.Server | None = None
         self._control: ControlServer | None = None
+        self._journal: Journal | None = None
+        self._lock: int | None = None
         self.engine: Engine | None = None
 
     async def start(self) -> tuple[str, str]:
@@ -53,18 +58,10 @@ class Server:
         settings = self._settings
         for address in (settings.listen, settings.control):
             check_open(address, settings.insecure)
-        settings.state.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(settings.state, "--state", "server")
         checkpoint = Checkpoint(model_folder(settings.model))
         back, spec = await self._device.run(lambda: _load(settings, checkpoint))
-        write_atomically(settings.state / SPEC_FILE, spec.model_dump_json(indent=2).encode())
-        run = Run(spec)
-        engine = self.engine = Engine(
-            run=run,
-            back=back,
-            device=self._device,
-            cohort=Cohort(run, back, self._device, settings.state / ADAPTER_FILE),
-            limits=Limits(spec, back.model.config.hidden_size, back.model.config.vocab_size),
-        )
+        engine = self.engine = await self._resume(back, spec)
         front_file = FrontFile(checkpoint, spec.cut_layer)
         # In a thread: it reads the front's tensors from disk.
         models = await asyncio.to_thread(
@@ -79,7 +76,7 @@ class Server:
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
         address = bind(server, settings.listen, settings.insecure)
-        self._control = ControlServer(make_app(run), settings.insecure)
+        self._control = ControlServer(make_app(engine), settings.insecure)
         control_address = await self._control.start(settings.control)
         await set_serving(health, names)
         await server.start()
@@ -87,15 +84,51 @@ class Server:
         log.info("ready: gRPC on %s, control API on http://%s", address, control_address)
         return address, control_address
 
+    async def _resume(self, back: Back, spec: RunSpec) -> Engine:
+        """The engine as the state folder's newest checkpoint has it, or fresh."""
+        settings = self._settings
+        if settings.fresh:
+            drop_journal(settings.state)
+        loop = asyncio.get_running_loop()
+
+        def on_wait(reason: str) -> None:
+            loop.call_soon_threadsafe(setattr, run, "obstacle", reason)
+
+        journal = self._journal = Journal(settings.state, spec.fingerprint(), on_wait)
+        write_atomically(settings.state / SPEC_FILE, spec.model_dump_json(indent=2).encode())
+        newest = journal.newest
+        run = Run(spec, newest.facts if newest else None, journal.dropped)
+        if newest is not None:
+            await self._device.run(lambda: back.load_state(newest.tensors))
+            log.info("going on from the checkpoint of round %d", newest.round)
+        return Engine(
+            run=run,
+            back=back,
+            device=self._device,
+            journal=journal,
+            cohort=Cohort(run, back, self._device, journal, settings.state / ADAPTER_FILE),
+            limits=Limits(spec, back.model.config.hidden_size, back.model.config.vocab_size),
+            heartbeat_seconds=settings.heartbeat_seconds,
+            stall_seconds=settings.stall_seconds,
+        )
+
     async def stop(self, reason: str) -> None:
-        """Tell the clients why, let calls end, stop. Safe to call when never started."""
+        """Tell the clients why, let calls end, stop. Safe to call when never started.
+
+        The clients wait for the server to be started again.
+        """
         if self.engine is not None:
-            self.engine.run.stop(reason)
+            self.engine.run.hang_up(Unreachable(reason))
+            self.engine.cohort.close()
         if self._server is not None:
             await self._server.stop(_GRACE_SECONDS)
         if self._control is not None:
             await self._control.stop()
         self._device.close()
+        if self._journal is not None:
+            self._journal.close()
+        if self._lock is not None:
+            os.close(self._lock)
 
 
 async def serve(settings: ServerSettings) -> None:

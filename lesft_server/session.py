@@ -2,36 +2,42 @@
 
 import asyncio
 import enum
+import hashlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from lesft.back import Back
 from lesft.bundle import BundleReader, bundle_chunks
-from lesft.errors import BundleError, LesftError, OutOfOrder
-from lesft.micro_batch import MicroBatch, Path, StepKey, Targets
+from lesft.errors import BundleError, LesftError, OutOfOrder, Unreachable
+from lesft.micro_batch import Path, StepKey, Targets
 from lesft.step_messages import (
     Limits,
     check_lengths,
     held_out_from_message,
     micro_batch_from_message,
-    result_to_message,
 )
-from lesft.v1 import training_pb2
-from lesft_server.cohort import Cohort
+from lesft.v1 import heartbeat_pb2, training_pb2
+from lesft_server.cohort import Cohort, Request
 from lesft_server.device_thread import DeviceThread
-from lesft_server.run import Run
+from lesft_server.handshake import resume_point
+from lesft_server.journal import Journal
+from lesft_server.run import Run, RunState
 
 MAX_HELD_OUT_WAITING = 8
 """Held-out requests of one session that may wait for their answers at once."""
 
+MAX_HEARTBEATS = 20
+"""Heartbeats that a client may send in the time of one: a flood is refused."""
+
 _NO_LEAVE = "its stream ended without leave (was it stopped, or its connection cut?)"
 
-T = TypeVar("T")
 _Requests = AsyncIterator[training_pb2.TrainRequest]
 _Answer = tuple[training_pb2.TrainResponse, bytes]
+_Read = Callable[[], Awaitable[_Answer]]
 
 
 class SessionState(enum.Enum):
@@ -56,21 +62,41 @@ class Engine:
     run: Run
     back: Back
     device: DeviceThread
+    journal: Journal
     cohort: Cohort
     limits: Limits
+    heartbeat_seconds: float
+    stall_seconds: float
 
 
 class Session:
     """Lives as long as its stream: `receive` takes requests, `answers` gives what comes of them."""
 
-    def __init__(self, engine: Engine, client_id: str, num_samples: int) -> None:
-        """Raises what `Run.join` raises."""
+    def __init__(self, engine: Engine, opening: training_pb2.OpenSession) -> None:
+        """`opening` was checked. Raises what `resume_point` and `Run.join` raise."""
         self._engine = engine
-        self._outbox: asyncio.Queue[tuple[str, asyncio.Task[_Answer]]] = asyncio.Queue()
+        self._outbox: asyncio.Queue[tuple[str, asyncio.Task[_Read]]] = asyncio.Queue()
         self._unanswered: Counter[str] = Counter()
         self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._sending_since: float | None = None
+        self._heartbeats: list[float] = []
         self.state = SessionState.OPEN
-        self.member = engine.run.join(client_id, num_samples, self.fail)
+        run, cohort, client_id = engine.run, engine.cohort, opening.client_id
+        run.check_join(client_id, opening.num_samples, opening.instance_id)
+        self.resumes_at = resume_point(
+            opening,
+            lambda key: cohort.can_go_on_at(client_id, key),
+            engine.journal.ledger.first_round,
+            cohort.next_key,
+            cohort.rejoins_at,
+        )
+        if self.resumes_at.course != training_pb2.COURSE_CONTINUE:
+            cohort.withdraw(client_id)
+        self._next_key = self.resumes_at.key
+        self._tell = self.fail  # one object, by which the run tells this session from a later one
+        cohort.welcome(client_id)
+        self.member = run.join(client_id, opening.num_samples, opening.instance_id, self._tell)
+        self.member.next_key = self._next_key
 
     # ------------------------------------------------------------------ requests
 
@@ -83,13 +109,14 @@ class Session:
             self.fail(error)
 
     async def _receive_one(self, requests: _Requests) -> None:
-        request = await _next(requests)
-        self.member.last_seen = time.time()
+        request = await self._next(requests)
         kind = request.WhichOneof("message")
         if kind == "micro_batch":
             await self._receive_micro_batch(request.micro_batch, requests)
         elif kind == "held_out":
             await self._receive_held_out(request.held_out, requests)
+        elif kind == "heartbeat":
+            self._receive_heartbeat()
         elif kind == "leave":
             self._close(SessionState.LEFT, request.leave.reason)
         else:
@@ -100,7 +127,7 @@ class Session:
     async def _receive_micro_batch(
         self, header: training_pb2.MicroBatch, requests: _Requests
     ) -> None:
-        key, due = StepKey(header.round, header.micro), self.member.next_key
+        key, due = StepKey(header.round, header.micro), self._next_key
         if key != due:
             raise OutOfOrder(f"{due} is due, got {key}: each must come once and in order")
         if key.round == self._engine.run.spec.rounds:
@@ -109,9 +136,18 @@ class Session:
             raise OutOfOrder(f"{key} came before the round before it was answered")
         check_lengths(header, self._engine.limits)
         data = await self._receive_bundle(header, requests)
-        batch = await asyncio.to_thread(micro_batch_from_message, header, data, self._engine.limits)
-        self.member.next_key = key.following(self._engine.run.spec.accumulation)
-        self._answer_with("micro_batch", self._train(batch))
+
+        def read() -> Request:
+            batch = micro_batch_from_message(header, data, self._engine.limits)
+            digest = hashlib.sha256(header.SerializeToString(deterministic=True))
+            digest.update(data)
+            return Request(batch, digest.digest())
+
+        request = await asyncio.to_thread(read)
+        if self.state is SessionState.OPEN:
+            self._next_key = key.following(self._engine.run.spec.accumulation)
+            self.member.next_key = self._next_key
+        self._answer_with("micro_batch", self._train(request))
 
     async def _receive_held_out(self, header: training_pb2.HeldOut, requests: _Requests) -> None:
         if self._unanswered["held_out"] == MAX_HELD_OUT_WAITING:
@@ -128,7 +164,7 @@ class Session:
     ) -> bytes:
         reader = BundleReader(header.bundle, self._engine.limits.bundle_bytes(header))
         while not reader.complete:
-            request = await _next(requests)
+            request = await self._next(requests)
             kind = request.WhichOneof("message")
             if kind != "chunk":
                 raise BundleError(
@@ -138,9 +174,32 @@ class Session:
             reader.add(request.chunk)
         return await asyncio.to_thread(reader.data)
 
+    def _receive_heartbeat(self) -> None:
+        now, interval = time.monotonic(), self._engine.heartbeat_seconds
+        self._heartbeats = [t for t in self._heartbeats if t > now - interval] + [now]
+        if len(self._heartbeats) > MAX_HEARTBEATS:
+            raise OutOfOrder(
+                f"at most {MAX_HEARTBEATS} heartbeats may come within {interval:g} s: one is enough"
+            )
+
+    async def _next(self, requests: _Requests) -> training_pb2.TrainRequest:
+        """The client's next message. Raises when it stalls: sends nothing, or reads nothing."""
+        seconds = self._engine.stall_seconds
+        try:
+            request = await asyncio.wait_for(anext(requests, None), seconds)
+        except asyncio.TimeoutError:
+            raise Unreachable(f"nothing was heard of it for {seconds:g} s") from None
+        if request is None:
+            raise OutOfOrder(_NO_LEAVE)
+        self.member.last_seen = time.time()
+        since = self._sending_since
+        if since is not None and time.monotonic() - since > seconds:
+            raise Unreachable(f"it has read nothing for {seconds:g} s")
+        return request
+
     # ------------------------------------------------------------------ answers
 
-    def _answer_with(self, kind: str, answer: Coroutine[Any, Any, _Answer]) -> None:
+    def _answer_with(self, kind: str, answer: Coroutine[Any, Any, _Read]) -> None:
         """Queue an answer that is yet to be computed, unless the session ended meanwhile."""
         if self.state is not SessionState.OPEN:
             answer.close()
@@ -149,52 +208,84 @@ class Session:
         self._outbox.put_nowait((kind, asyncio.create_task(answer)))
 
     async def answers(self) -> AsyncIterator[training_pb2.TrainResponse]:
-        """The answers in the order of the requests, until the client leaves.
+        """The answers in the order of the requests, until the client leaves; heartbeats between.
 
         Raises what ended the session or the run, as soon as it is known.
         """
         try:
-            while (answer := await self._unless_ended(self._next_answer())) is not None:
-                header, data = answer
-                yield header
-                for chunk in bundle_chunks(data):
-                    yield training_pb2.TrainResponse(chunk=chunk)
+            while True:
+                async with aclosing(self._next_answer()) as responses:
+                    async for response in responses:
+                        self._sending_since = time.monotonic()
+                        yield response
+                        self._sending_since = None
+                if self._end.done():
+                    self._end.result()
+                    return
         except Exception as error:
             self.fail(error)
             raise
 
-    async def _next_answer(self) -> _Answer:
-        """The oldest answer that was not taken yet.
+    async def _next_answer(self) -> AsyncGenerator[training_pb2.TrainResponse, None]:
+        """The oldest answer that was not taken yet; heartbeats while there is none.
 
-        A request counts as unanswered until its answer is being sent, so a client that does not
-        read cannot make the server hold more answers than the limits on requests allow.
+        A request counts as unanswered until its answer is being sent, and a gradient is read from
+        the ledger only then: a client that does not read cannot make the server hold much.
         """
+        waiting = asyncio.create_task(self._take_answer())
+        try:
+            while not waiting.done():
+                waited: set[asyncio.Future[Any]] = {waiting, self._end}
+                await asyncio.wait(
+                    waited,
+                    timeout=self._engine.heartbeat_seconds,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if self._end.done():
+                    self._end.result()
+                    return
+                if not waiting.done():
+                    yield self._heartbeat()
+            header, data = waiting.result()
+        finally:
+            waiting.cancel()
+        yield header
+        for chunk in bundle_chunks(data):
+            yield training_pb2.TrainResponse(chunk=chunk)
+
+    async def _take_answer(self) -> _Answer:
         kind, answer = await self._outbox.get()
-        header, data = await answer
+        read = await answer
+        header, data = await read()
         self._unanswered[kind] -= 1
         return header, data
 
-    async def _train(self, batch: MicroBatch) -> _Answer:
-        result = await self._engine.cohort.take(self.member.client_id, batch)
-        header, data = await asyncio.to_thread(
-            result_to_message, result, self._engine.limits.spec.gradient_encoding
-        )
-        return training_pb2.TrainResponse(step=header), data
+    def _heartbeat(self) -> training_pb2.TrainResponse:
+        run, name = self._engine.run, self.member.client_id
+        waits = run.state is RunState.WAITING or self._unanswered["micro_batch"] > 0
+        due = [other for other in self._engine.cohort.due() if other != name]
+        heartbeat = heartbeat_pb2.Heartbeat(waiting_for=run.waiting_for(due) if waits else "")
+        return training_pb2.TrainResponse(heartbeat=heartbeat)
 
-    async def _score(self, index: int, base: Path, targets: Targets) -> _Answer:
+    async def _train(self, request: Request) -> _Read:
+        client_id, key = self.member.client_id, request.batch.key
+        await self._engine.cohort.take(client_id, request)
+
+        async def read() -> _Answer:
+            ledger = self._engine.journal.ledger
+            header, data = await asyncio.to_thread(ledger.read, client_id, key)
+            return training_pb2.TrainResponse(step=header), data
+
+        return read
+
+    async def _score(self, index: int, base: Path, targets: Targets) -> _Read:
         sums = await self._engine.device.run(lambda: self._engine.back.score(base, targets))
-        result = training_pb2.HeldOutResult(index=index, nll_sums=sums)
-        return training_pb2.TrainResponse(held_out=result), b""
 
-    async def _unless_ended(self, wanted: Awaitable[T]) -> T | None:
-        """What is wanted, or None when the client has left; raises what else ended the session."""
-        task = asyncio.ensure_future(wanted)
-        try:
-            waited: set[asyncio.Future[Any]] = {task, self._end}
-            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-            return self._end.result() if self._end.done() else task.result()
-        finally:
-            task.cancel()
+        async def read() -> _Answer:
+            result = training_pb2.HeldOutResult(index=index, nll_sums=sums)
+            return training_pb2.TrainResponse(held_out=result), b""
+
+        return read
 
     # ------------------------------------------------------------------ end
 
@@ -209,7 +300,7 @@ class Session:
         self.fail(OutOfOrder(_NO_LEAVE))
 
     def _close(self, state: SessionState, reason: str, error: Exception | None = None) -> None:
-        """Drop what was not answered yet and give up the place in the run; the first end counts."""
+        """Drop what was not answered yet and tell the run; the first end counts."""
         if state not in SESSION_MOVES[self.state]:
             return
         self.state = state
@@ -221,12 +312,6 @@ class Session:
         while not self._outbox.empty():
             _, answer = self._outbox.get_nowait()
             answer.cancel()
-        self._engine.cohort.withdraw(self.member.client_id)
-        self._engine.run.leave(self.member, reason)
-
-
-async def _next(requests: _Requests) -> training_pb2.TrainRequest:
-    request = await anext(requests, None)
-    if request is None:
-        raise OutOfOrder(_NO_LEAVE)
-    return request
+        if self._engine.run.state is RunState.WAITING:
+            self._engine.cohort.withdraw(self.member.client_id)
+        self._engine.run.leave(self.member, self._tell, reason, left=error is None)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from lesft.settings import ServiceSettings
@@ -34,6 +34,32 @@ class ServerSettings(ServiceSettings, RunOptions):
     cut_layer: int = Field(
         0, ge=0, description="Decoder layers on the client; 0 takes a quarter of the model."
     )
+    fresh: bool = Field(
+        False, description="Drop what an earlier run left in --state and start anew."
+    )
+    heartbeat_seconds: float = Field(
+        5, gt=0, description="How often the server and its clients say that they are there."
+    )
+    stall_seconds: float = Field(
+        60, gt=0, description="A client that nothing is heard of for so long counts as away."
+    )
+
+    @model_validator(mode="after")
+    def _heartbeats_come_in_time(self) -> "ServerSettings":
+        if self.stall_seconds < 2 * self.heartbeat_seconds:
+            raise ValueError(
+                f"--stall-seconds must be at least twice --heartbeat-seconds "
+                f"({self.heartbeat_seconds:g}), got {self.stall_seconds:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quorum_has_a_deadline(self) -> "ServerSettings":
+        if self.quorum and self.mode == "lockstep":
+            raise ValueError(
+                f"--quorum {self.quorum} only counts after a deadline: set --mode deadline"
+            )
+        return self
 
     def run_spec(self, model_name: str, cut_layer: int, front_fingerprint: str) -> RunSpec:
         """The run spec of these settings for the model that was loaded."""

@@ -27,13 +27,18 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
     ) -> AsyncIterator[training_pb2.TrainResponse]:
         """See training.proto."""
         requests = aiter(request_iterator)
-        session = self._open(await anext(requests, None))
+        session = await self._open(requests)
         receiving = asyncio.create_task(session.receive(requests))
         try:
+            resumes_at = session.resumes_at
             yield training_pb2.TrainResponse(
                 opened=training_pb2.SessionOpened(
                     spec=spec_to_message(self._engine.run.spec),
-                    next_round=session.member.next_key.round,
+                    next=training_pb2.Position(
+                        round=resumes_at.key.round, micro=resumes_at.key.micro
+                    ),
+                    course=resumes_at.course,
+                    heartbeat_seconds=self._engine.heartbeat_seconds,
                 )
             )
             async for response in session.answers():
@@ -42,8 +47,13 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
             receiving.cancel()
             session.close()
 
-    def _open(self, request: training_pb2.TrainRequest | None) -> Session:
+    async def _open(self, requests: AsyncIterator[training_pb2.TrainRequest]) -> Session:
+        seconds = self._engine.stall_seconds
+        try:
+            request = await asyncio.wait_for(anext(requests, None), seconds)
+        except asyncio.TimeoutError:
+            raise OutOfOrder(f"open did not come within {seconds:g} s") from None
         if request is None or request.WhichOneof("message") != "open":
             raise OutOfOrder("the first message of a session must be open")
         check_opening(request.open, self._engine.run.spec)
-        return Session(self._engine, request.open.client_id, request.open.num_samples)
+        return Session(self._engine, request.open)

@@ -1,4 +1,7 @@
-"""The command lines of the three services, from the testbed's settings; all ports are free ones."""
+"""The command lines of the three services, from the testbed's settings; all ports are free ones.
+
+`more` are options beside these or, like a fixed port, instead of them.
+"""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -9,6 +12,7 @@ from lesft.spec import RunOptions
 from lesft_testbed.settings import RunSettings
 
 _ANY_PORT = "127.0.0.1:0"
+_NO_MORE: Mapping[str, Any] = {}
 
 
 def client_name(index: int) -> str:
@@ -16,7 +20,9 @@ def client_name(index: int) -> str:
     return f"client-{index}"
 
 
-def server_command(settings: RunSettings, model: str, state: Path) -> list[str]:
+def server_command(
+    settings: RunSettings, model: str, state: Path, more: Mapping[str, Any] = _NO_MORE
+) -> list[str]:
     """`lesft-server` with the run's options."""
     run = settings.model_dump(mode="json", include=set(RunOptions.model_fields))
     run["rounds"] = settings.num_rounds
@@ -30,10 +36,12 @@ def server_command(settings: RunSettings, model: str, state: Path) -> list[str]:
         "precision": settings.precision,
         "threads": settings.server_threads,
     }
-    return [_program("lesft-server"), *_options({**own, **run})]
+    return [_program("lesft-server"), *_options({**own, **run, **more})]
 
 
-def aggregator_command(settings: RunSettings, state: Path) -> list[str]:
+def aggregator_command(
+    settings: RunSettings, state: Path, more: Mapping[str, Any] = _NO_MORE
+) -> list[str]:
     """`lesft-aggregator` for the run's clients."""
     own = {
         "run_id": settings.run_id,
@@ -42,11 +50,19 @@ def aggregator_command(settings: RunSettings, state: Path) -> list[str]:
         "listen": _ANY_PORT,
         "control": _ANY_PORT,
     }
-    return [_program("lesft-aggregator"), *_options(own)]
+    if settings.mode == "deadline":
+        own |= {"quorum": settings.required, "deadline_seconds": settings.deadline_seconds}
+    return [_program("lesft-aggregator"), *_options({**own, **more})]
 
 
 def client_command(
-    settings: RunSettings, model: str, state: Path, index: int, server: str, aggregator: str
+    settings: RunSettings,
+    model: str,
+    state: Path,
+    index: int,
+    server: str,
+    aggregator: str,
+    more: Mapping[str, Any] = _NO_MORE,
 ) -> list[str]:
     """`lesft-client train` for one client and its share of the data."""
     own = {
@@ -68,7 +84,7 @@ def client_command(
         "threads": settings.client_threads,
         "progress": "lines",
     }
-    return [_program("lesft-client"), "train", *_options(own)]
+    return [_program("lesft-client"), "train", *_options({**own, **more})]
 
 
 def _program(name: str) -> str:

@@ -14,6 +14,7 @@ LESFT on one machine: every service its own process, on its own sockets.
 
 commands:
   run     fine-tune a model with a server, an aggregator and clients; report on it
+  chaos   kill services and cut links during a run; the adapters must come out the same
   model   make sure that the small default model is there and print its folder
 
 lesft-testbed COMMAND --help lists the command's options.
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return
-    commands = {"run": _run, "model": _model}
+    commands = {"run": _run, "chaos": _chaos, "model": _model}
     if command not in commands:
         print(f"lesft-testbed: unknown command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
         raise SystemExit(2)
@@ -59,6 +60,15 @@ def _run(argv: list[str]) -> None:
     from lesft_testbed.run import run_testbed
 
     print(run_testbed(settings))
+
+
+def _chaos(argv: list[str]) -> None:
+    from lesft_testbed.settings import ChaosSettings
+
+    settings = load_settings(ChaosSettings, "lesft-testbed chaos", argv)
+    from lesft_testbed.chaos import run_chaos
+
+    print(run_chaos(settings, lambda line: print(line, file=sys.stderr, flush=True)))
 
 
 def _model(argv: list[str]) -> None:

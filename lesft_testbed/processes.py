@@ -24,14 +24,19 @@ STOPPED_BY_OTHERS = 3
 class Process:
     """One service: its process, its log and its state folder."""
 
-    def __init__(self, name: str, command: Sequence[str], log: Path, state: Path) -> None:
-        """Starts it. The log begins with the command line, so that it can be run by hand."""
+    def __init__(
+        self, name: str, command: Sequence[str], log: Path, state: Path, append: bool = False
+    ) -> None:
+        """Starts it. The log begins with the command line, so that it can be run by hand.
+
+        `append` keeps what an earlier life of the service has logged.
+        """
         self.name = name
         self.log = log
         self.state = state
         self.peak_rss_bytes = 0
         state.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as file:
+        with log.open("a" if append else "w") as file:
             print("$", *command, file=file, flush=True)
             # A session of its own: Ctrl-C in the terminal reaches the testbed only, which then
             # ends the services in order.
@@ -87,13 +92,17 @@ class Process:
             self.measure_memory()
             self._popen.terminate()
 
+    def kill(self) -> None:
+        """SIGKILL, as a power cut would end it, and wait until it is gone."""
+        self._popen.kill()
+        self._popen.wait()
+
     def wait(self, seconds: float) -> None:
         """Wait for its end, but not longer; then kill it."""
         try:
             self._popen.wait(max(seconds, 0.01))
         except subprocess.TimeoutExpired:
-            self._popen.kill()
-            self._popen.wait()
+            self.kill()
 
 
 def _kernel_peak(pid: int) -> int:
@@ -113,11 +122,15 @@ class Processes:
         self._output = output
         self.all: dict[str, Process] = {}
 
-    def start(self, name: str, command: Sequence[str]) -> Process:
-        """Start one service."""
-        process = Process(name, command, self._output / f"{name}.log", self.state_of(name))
+    def start(self, name: str, command: Sequence[str], append: bool = False) -> Process:
+        """Start one service; `append` goes on in the log of an earlier life."""
+        process = Process(name, command, self._output / f"{name}.log", self.state_of(name), append)
         self.all[name] = process
         return process
+
+    def kill(self, name: str) -> None:
+        """Kill one service and forget it: its end is no failure, and it may be started again."""
+        self.all.pop(name).kill()
 
     def state_of(self, name: str) -> Path:
         """The state folder of a service."""

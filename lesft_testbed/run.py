@@ -1,16 +1,16 @@
 """`lesft-testbed run`: server, aggregator and clients as processes, from start to report."""
 
 import json
-import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from lesft.errors import InternalError, InvalidInput
+from lesft.errors import InternalError
 from lesft_testbed.commands import aggregator_command, client_command, client_name, server_command
 from lesft_testbed.default_model import default_model
 from lesft_testbed.display import Display
+from lesft_testbed.output import prepare_output
 from lesft_testbed.processes import Process, Processes
 from lesft_testbed.report import (
     ADAPTER_FOLDER,
@@ -44,7 +44,7 @@ class RunCommand:
         Raises RunStopped, naming the service and the end of its log, when one fails.
         """
         settings, start = self._settings, time.monotonic()
-        _prepare_output(settings.output)
+        prepare_output(settings.output, _OURS, (".log",))
         model = settings.model or str(default_model(settings.cache, self._display.say))
         with Processes(settings.output) as processes:
             watcher = Watcher(processes)
@@ -127,25 +127,6 @@ def run_testbed(settings: RunSettings) -> str:
     table = settings.progress == "table" or (settings.progress == "auto" and sys.stderr.isatty())
     with Display(table) as display:
         return RunCommand(settings, display).run()
-
-
-def _prepare_output(output: Path) -> None:
-    """An empty folder, without an earlier run's results. Raises InvalidInput for other files."""
-    if output.exists() and not output.is_dir():
-        raise InvalidInput(f"--output {output} must be a folder, but it is a file")
-    output.mkdir(parents=True, exist_ok=True)
-    entries = list(output.iterdir())
-    foreign = sorted(e.name for e in entries if e.name not in _OURS and e.suffix != ".log")
-    if foreign:
-        raise InvalidInput(
-            f"--output {output} holds {foreign[0]!r}, which no run of the testbed has written: "
-            "give a folder of its own"
-        )
-    for entry in entries:
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
 
 
 def _address(service: Process) -> str:

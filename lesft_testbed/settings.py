@@ -85,3 +85,28 @@ class RunSettings(CacheSettings, RunOptions):
         """The rounds to train: as asked, or as many as the epochs fill."""
         drawn_per_round = self.accumulation * self.batch_size
         return self.rounds or self.samples * self.epochs // drawn_per_round
+
+
+class ChaosSettings(ServiceSettings):
+    """Kill services and break links during a run, and compare with the same run undisturbed."""
+
+    model_config = SettingsConfigDict(env_prefix="LESFT_TESTBED_")
+
+    config: Path | None = Field(None, description="TOML file with any of these settings.")
+    output: Path = Field(
+        Path("runs/chaos"), description="Folder for the results; an earlier run's are replaced."
+    )
+    kills: int = Field(20, ge=0, description="Times that a service is killed and started again.")
+    cuts: int = Field(20, ge=0, description="Times that a link is cut, delayed or half-opened.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the faults and of the run.")
+    rounds: int = Field(
+        120,
+        ge=6,
+        description="Number of rounds; the faults are spread over all but the last tenth.",
+    )
+    accumulation: int = Field(3, ge=1, description="Micro-batches per round.")
+    aggregation_interval: int = Field(3, ge=1, description="Rounds between two aggregations.")
+    clients: int = Field(4, ge=1, description="Number of clients that train together.")
+    progress: Literal["lines", "none"] = Field(
+        "lines", description="A line per fault while it runs, or nothing before the end."
+    )

@@ -21,8 +21,8 @@ from lesft.v1 import training_pb2
 from lesft.weights import Checkpoint, load_front
 from lesft_client.data import EncodedSample
 from lesft_client.front import Front
+from lesft_client.link import Patience, ServerLink
 from lesft_client.status import Status
-from lesft_client.stream import ServerStream
 from lesft_client.trainer import Trainer
 from lesft_client.wire import WireCounter
 from lesft_server.server import Server
@@ -139,8 +139,8 @@ class MeanAggregator:
 
 def open_session(
     address: str, limits: Limits, fingerprint: str = "", **changes: Any
-) -> tuple[ServerStream, Callable[[], None]]:
-    """An open session, and what closes its channel; `changes` are fields of the opening."""
+) -> tuple[ServerLink, Callable[[], None]]:
+    """An open session, and what cuts it off; `changes` are fields of the opening."""
     spec = limits.spec
     fields: dict[str, Any] = {
         "protocol_version": PROTOCOL_VERSION,
@@ -154,13 +154,16 @@ def open_session(
         "num_samples": 1,
     }
     opening = training_pb2.OpenSession(**{**fields, **changes})
-    channel = open_channel(address, insecure=False)
-    try:
-        stream = ServerStream(channel, opening, limits, f"server {address}", WireCounter())
-    except BaseException:
-        channel.close()
-        raise
-    return stream, channel.close
+    link = ServerLink(
+        lambda: open_channel(address, insecure=False),
+        opening,
+        limits,
+        f"server {address}",
+        WireCounter(),
+        Patience(first_contact=1, reconnect=1, stall=60),
+    )
+    link.resume(link.open().round)
+    return link, link.close
 
 
 def limits_of(spec: RunSpec) -> Limits:

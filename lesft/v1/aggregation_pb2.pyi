@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from lesft.v1 import heartbeat_pb2 as _heartbeat_pb2
 from lesft.v1 import tensor_pb2 as _tensor_pb2
 import builtins as _builtins
 import sys
@@ -61,19 +62,23 @@ class JoinResponse(_message.Message):
 
     VERSION_FIELD_NUMBER: _builtins.int
     CLIENTS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_SECONDS_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Newest published version; 0 where nothing has been averaged yet."""
     clients: _builtins.int
     """Number of clients that the aggregator expects in each round."""
+    heartbeat_seconds: _builtins.float
+    """How often a waiting Fetch gets a heartbeat, in seconds."""
     def __init__(
         self,
         *,
         version: _builtins.int = ...,
         clients: _builtins.int = ...,
+        heartbeat_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clients", b"clients", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clients", b"clients", "heartbeat_seconds", b"heartbeat_seconds", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -211,31 +216,37 @@ Global___FetchRequest: _TypeAlias = FetchRequest  # noqa: Y015
 
 @_typing.final
 class FetchResponse(_message.Message):
-    """The averaged adapter: the first message is the header, the rest are chunks."""
+    """The averaged adapter: heartbeats while it is not there yet, then the header, then chunks."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     AGGREGATE_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def aggregate(self) -> Global___Aggregate:
-        """Comes first."""
+        """Comes first, once the version is there."""
 
     @_builtins.property
     def chunk(self) -> _tensor_pb2.Chunk:
         """A piece of the bundle."""
+
+    @_builtins.property
+    def heartbeat(self) -> _heartbeat_pb2.Heartbeat:
+        """The version is not published yet."""
 
     def __init__(
         self,
         *,
         aggregate: Global___Aggregate | None = ...,
         chunk: _tensor_pb2.Chunk | None = ...,
+        heartbeat: _heartbeat_pb2.Heartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["aggregate", b"aggregate", "chunk", b"chunk", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["aggregate", b"aggregate", "chunk", b"chunk", "heartbeat", b"heartbeat", "message", b"message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregate", b"aggregate", "chunk", b"chunk", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregate", b"aggregate", "chunk", b"chunk", "heartbeat", b"heartbeat", "message", b"message"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["aggregate", "chunk"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["aggregate", "chunk", "heartbeat"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 

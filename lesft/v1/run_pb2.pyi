@@ -96,6 +96,30 @@ SCHEDULE_COSINE: Schedule.ValueType  # 3
 """Falls along half a cosine to zero at the end of the run."""
 Global___Schedule: _TypeAlias = Schedule  # noqa: Y015
 
+class _Mode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Mode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MODE_UNSPECIFIED: _Mode.ValueType  # 0
+    """Not a valid choice."""
+    MODE_LOCKSTEP: _Mode.ValueType  # 1
+    """Wait for every client: the same settings always give the same result."""
+    MODE_DEADLINE: _Mode.ValueType  # 2
+    """Go on with a quorum once the deadline has passed."""
+
+class Mode(_Mode, metaclass=_ModeEnumTypeWrapper):
+    """What a cohort does about clients that are late."""
+
+MODE_UNSPECIFIED: Mode.ValueType  # 0
+"""Not a valid choice."""
+MODE_LOCKSTEP: Mode.ValueType  # 1
+"""Wait for every client: the same settings always give the same result."""
+MODE_DEADLINE: Mode.ValueType  # 2
+"""Go on with a quorum once the deadline has passed."""
+Global___Mode: _TypeAlias = Mode  # noqa: Y015
+
 @_typing.final
 class LoraSpec(_message.Message):
     """The low-rank adapters, the same on both sides of the cut."""
@@ -252,6 +276,9 @@ class RunSpec(_message.Message):
     LORA_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     OPTIMIZER_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    QUORUM_FIELD_NUMBER: _builtins.int
+    DEADLINE_SECONDS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Name of the run, 1 to 64 of letters, digits, ".", "_" and "-"."""
     model_name: _builtins.str
@@ -278,6 +305,12 @@ class RunSpec(_message.Message):
     """How activations travel to the server."""
     gradient_encoding: _tensor_pb2.Encoding.ValueType
     """How gradients travel to the client."""
+    mode: Global___Mode.ValueType
+    """What a cohort does about clients that are late."""
+    quorum: _builtins.int
+    """With a deadline: clients that suffice once it has passed; 0 stands for more than half."""
+    deadline_seconds: _builtins.float
+    """With a deadline: seconds from a step's first part until the quorum suffices."""
     @_builtins.property
     def lora(self) -> Global___LoraSpec:
         """The adapters."""
@@ -309,10 +342,13 @@ class RunSpec(_message.Message):
         lora: Global___LoraSpec | None = ...,
         loss: Global___LossSpec | None = ...,
         optimizer: Global___OptimizerSpec | None = ...,
+        mode: Global___Mode.ValueType = ...,
+        quorum: _builtins.int = ...,
+        deadline_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lora", b"lora", "loss", b"loss", "optimizer", b"optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accumulation", b"accumulation", "activation_encoding", b"activation_encoding", "aggregation_interval", b"aggregation_interval", "batch_size", b"batch_size", "clients", b"clients", "cut_layer", b"cut_layer", "front_fingerprint", b"front_fingerprint", "gradient_encoding", b"gradient_encoding", "lora", b"lora", "loss", b"loss", "max_length", b"max_length", "model_name", b"model_name", "optimizer", b"optimizer", "rounds", b"rounds", "run_id", b"run_id", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accumulation", b"accumulation", "activation_encoding", b"activation_encoding", "aggregation_interval", b"aggregation_interval", "batch_size", b"batch_size", "clients", b"clients", "cut_layer", b"cut_layer", "deadline_seconds", b"deadline_seconds", "front_fingerprint", b"front_fingerprint", "gradient_encoding", b"gradient_encoding", "lora", b"lora", "loss", b"loss", "max_length", b"max_length", "mode", b"mode", "model_name", b"model_name", "optimizer", b"optimizer", "quorum", b"quorum", "rounds", b"rounds", "run_id", b"run_id", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,6 +7,8 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from lesft.v1 import heartbeat_pb2 as _heartbeat_pb2
 from lesft.v1 import run_pb2 as _run_pb2
 from lesft.v1 import tensor_pb2 as _tensor_pb2
 import builtins as _builtins
@@ -20,6 +22,38 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Course:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CourseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Course.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COURSE_UNSPECIFIED: _Course.ValueType  # 0
+    """Not a valid choice."""
+    COURSE_CONTINUE: _Course.ValueType  # 1
+    """From where it stands."""
+    COURSE_GO_BACK: _Course.ValueType  # 2
+    """From its checkpoint of the round named, or from the beginning."""
+    COURSE_REJOIN: _Course.ValueType  # 3
+    """The others went on without it. It keeps its adapters, takes the average that the round named
+    begins with, and goes on there. Only in runs with a deadline.
+    """
+
+class Course(_Course, metaclass=_CourseEnumTypeWrapper):
+    """How a client goes on after its opening."""
+
+COURSE_UNSPECIFIED: Course.ValueType  # 0
+"""Not a valid choice."""
+COURSE_CONTINUE: Course.ValueType  # 1
+"""From where it stands."""
+COURSE_GO_BACK: Course.ValueType  # 2
+"""From its checkpoint of the round named, or from the beginning."""
+COURSE_REJOIN: Course.ValueType  # 3
+"""The others went on without it. It keeps its adapters, takes the average that the round named
+begins with, and goes on there. Only in runs with a deadline.
+"""
+Global___Course: _TypeAlias = Course  # noqa: Y015
+
 @_typing.final
 class TrainRequest(_message.Message):
     """From client to server."""
@@ -31,6 +65,7 @@ class TrainRequest(_message.Message):
     HELD_OUT_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     LEAVE_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___OpenSession:
         """Opens the session; must come first and only once."""
@@ -51,6 +86,10 @@ class TrainRequest(_message.Message):
     def leave(self) -> Global___Leave:
         """The last message: the client goes, and why."""
 
+    @_builtins.property
+    def heartbeat(self) -> _heartbeat_pb2.Heartbeat:
+        """The client is there and has nothing to send."""
+
     def __init__(
         self,
         *,
@@ -59,12 +98,13 @@ class TrainRequest(_message.Message):
         held_out: Global___HeldOut | None = ...,
         chunk: _tensor_pb2.Chunk | None = ...,
         leave: Global___Leave | None = ...,
+        heartbeat: _heartbeat_pb2.Heartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "held_out", b"held_out", "leave", b"leave", "message", b"message", "micro_batch", b"micro_batch", "open", b"open"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "heartbeat", b"heartbeat", "held_out", b"held_out", "leave", b"leave", "message", b"message", "micro_batch", b"micro_batch", "open", b"open"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "held_out", b"held_out", "leave", b"leave", "message", b"message", "micro_batch", b"micro_batch", "open", b"open"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "heartbeat", b"heartbeat", "held_out", b"held_out", "leave", b"leave", "message", b"message", "micro_batch", b"micro_batch", "open", b"open"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "micro_batch", "held_out", "chunk", "leave"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "micro_batch", "held_out", "chunk", "leave", "heartbeat"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -80,6 +120,7 @@ class TrainResponse(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     HELD_OUT_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def opened(self) -> Global___SessionOpened:
         """Answers OpenSession."""
@@ -96,6 +137,10 @@ class TrainResponse(_message.Message):
     def chunk(self) -> _tensor_pb2.Chunk:
         """A piece of the bundle announced last."""
 
+    @_builtins.property
+    def heartbeat(self) -> _heartbeat_pb2.Heartbeat:
+        """The server is there and has no answer yet."""
+
     def __init__(
         self,
         *,
@@ -103,12 +148,13 @@ class TrainResponse(_message.Message):
         step: Global___StepResult | None = ...,
         held_out: Global___HeldOutResult | None = ...,
         chunk: _tensor_pb2.Chunk | None = ...,
+        heartbeat: _heartbeat_pb2.Heartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "held_out", b"held_out", "message", b"message", "opened", b"opened", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "heartbeat", b"heartbeat", "held_out", b"held_out", "message", b"message", "opened", b"opened", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "held_out", b"held_out", "message", b"message", "opened", b"opened", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "heartbeat", b"heartbeat", "held_out", b"held_out", "message", b"message", "opened", b"opened", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["opened", "step", "held_out", "chunk"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["opened", "step", "held_out", "chunk", "heartbeat"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -131,7 +177,9 @@ class OpenSession(_message.Message):
     ACTIVATION_ENCODING_FIELD_NUMBER: _builtins.int
     GRADIENT_ENCODING_FIELD_NUMBER: _builtins.int
     NUM_SAMPLES_FIELD_NUMBER: _builtins.int
-    ROUNDS_COMPLETED_FIELD_NUMBER: _builtins.int
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_ROUNDS_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Version of this protocol that the client speaks."""
     client_id: _builtins.str
@@ -148,11 +196,23 @@ class OpenSession(_message.Message):
     """How the client expects gradients."""
     num_samples: _builtins.int
     """Size of the client's data set |D_i| in samples, at least 1."""
-    rounds_completed: _builtins.int
-    """Rounds that the client has finished; 0 for a new run."""
+    instance_id: _builtins.str
+    """A random name that the client keeps with its state, 1 to 64 characters: a client of the same
+    name and instance takes its earlier session over, another one is refused.
+    """
     @_builtins.property
     def lora(self) -> _run_pb2.LoraSpec:
         """The adapters on that front."""
+
+    @_builtins.property
+    def checkpoint_rounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rounds that the client has an undamaged checkpoint of, in order; empty before its first one."""
+
+    @_builtins.property
+    def position(self) -> Global___Position:
+        """Where the client stands: the oldest micro-batch that it has no answer to. Absent when it has
+        just been started and stands at none of its checkpoints yet.
+        """
 
     def __init__(
         self,
@@ -166,15 +226,43 @@ class OpenSession(_message.Message):
         activation_encoding: _tensor_pb2.Encoding.ValueType = ...,
         gradient_encoding: _tensor_pb2.Encoding.ValueType = ...,
         num_samples: _builtins.int = ...,
-        rounds_completed: _builtins.int = ...,
+        instance_id: _builtins.str = ...,
+        checkpoint_rounds: _abc.Iterable[_builtins.int] | None = ...,
+        position: Global___Position | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lora", b"lora"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lora", b"lora", "position", b"position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_encoding", b"activation_encoding", "client_id", b"client_id", "cut_layer", b"cut_layer", "front_fingerprint", b"front_fingerprint", "gradient_encoding", b"gradient_encoding", "lora", b"lora", "num_samples", b"num_samples", "protocol_version", b"protocol_version", "rounds_completed", b"rounds_completed", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_encoding", b"activation_encoding", "checkpoint_rounds", b"checkpoint_rounds", "client_id", b"client_id", "cut_layer", b"cut_layer", "front_fingerprint", b"front_fingerprint", "gradient_encoding", b"gradient_encoding", "instance_id", b"instance_id", "lora", b"lora", "num_samples", b"num_samples", "position", b"position", "protocol_version", b"protocol_version", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OpenSession: _TypeAlias = OpenSession  # noqa: Y015
+
+@_typing.final
+class Position(_message.Message):
+    """A micro-batch of the run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: _builtins.int
+    MICRO_FIELD_NUMBER: _builtins.int
+    round: _builtins.int
+    """Round, counted from 0."""
+    micro: _builtins.int
+    """Micro-batch within the round, counted from 0."""
+    def __init__(
+        self,
+        *,
+        round: _builtins.int = ...,
+        micro: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["micro", b"micro", "round", b"round"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Position: _TypeAlias = Position  # noqa: Y015
 
 @_typing.final
 class SessionOpened(_message.Message):
@@ -183,22 +271,32 @@ class SessionOpened(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SPEC_FIELD_NUMBER: _builtins.int
-    NEXT_ROUND_FIELD_NUMBER: _builtins.int
-    next_round: _builtins.int
-    """First round that the server expects from this client."""
+    NEXT_FIELD_NUMBER: _builtins.int
+    COURSE_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_SECONDS_FIELD_NUMBER: _builtins.int
+    course: Global___Course.ValueType
+    """How the client gets there."""
+    heartbeat_seconds: _builtins.float
+    """How long either end may send nothing else before it sends a heartbeat, in seconds."""
     @_builtins.property
     def spec(self) -> _run_pb2.RunSpec:
         """The run spec, the same that DescribeRun gave."""
+
+    @_builtins.property
+    def next(self) -> Global___Position:
+        """Where the client is to go on: where it stands, or the beginning of a round."""
 
     def __init__(
         self,
         *,
         spec: _run_pb2.RunSpec | None = ...,
-        next_round: _builtins.int = ...,
+        next: Global___Position | None = ...,
+        course: Global___Course.ValueType = ...,
+        heartbeat_seconds: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["next", b"next", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_round", b"next_round", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["course", b"course", "heartbeat_seconds", b"heartbeat_seconds", "next", b"next", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -277,6 +375,7 @@ class StepResult(_message.Message):
     NLL_FIELD_NUMBER: _builtins.int
     CLASS_COUNTS_FIELD_NUMBER: _builtins.int
     BUNDLE_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Round of the micro-batch."""
     micro: _builtins.int
@@ -285,6 +384,8 @@ class StepResult(_message.Message):
     """Mean loss of this client's samples, before scaling by data share and accumulation."""
     nll: _builtins.float
     """Mean -log P of this client's target tokens on the base path."""
+    checkpoint: _builtins.bool
+    """Whether the client is to take a checkpoint at the end of this round, before the next one."""
     @_builtins.property
     def class_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Number of this client's salient, sub-salient and irrelevant target tokens; empty where the
@@ -304,10 +405,11 @@ class StepResult(_message.Message):
         nll: _builtins.float = ...,
         class_counts: _abc.Iterable[_builtins.int] | None = ...,
         bundle: _tensor_pb2.BundleInfo | None = ...,
+        checkpoint: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "class_counts", b"class_counts", "loss", b"loss", "micro", b"micro", "nll", b"nll", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "checkpoint", b"checkpoint", "class_counts", b"class_counts", "loss", b"loss", "micro", b"micro", "nll", b"nll", "round", b"round"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -48,7 +48,11 @@ class TrainingServiceServicer:
 
     def Train(self, request_iterator, context):
         """One session: the first message opens it, micro-batches follow, closing the stream after
-        Leave ends it. Fields of both streams' oneofs from 10 on are kept for labels at the edge.
+        Leave ends it. A client whose stream breaks opens another one and says where it stands; it
+        sends again what was not answered, and gets the answers that it would have got.
+        Both ends send a heartbeat when they have had nothing else to send for a while, so that
+        either can tell a slow peer from one that is gone. Fields of both streams' oneofs from 10 on
+        are kept for labels at the edge.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

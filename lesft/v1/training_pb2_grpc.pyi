@@ -35,7 +35,11 @@ class TrainingServiceStub:
     def __new__(cls, channel: _aio.Channel) -> TrainingServiceAsyncStub: ...
     Train: _grpc.StreamStreamMultiCallable[_training_pb2.TrainRequest, _training_pb2.TrainResponse]
     """One session: the first message opens it, micro-batches follow, closing the stream after
-    Leave ends it. Fields of both streams' oneofs from 10 on are kept for labels at the edge.
+    Leave ends it. A client whose stream breaks opens another one and says where it stands; it
+    sends again what was not answered, and gets the answers that it would have got.
+    Both ends send a heartbeat when they have had nothing else to send for a while, so that
+    either can tell a slow peer from one that is gone. Fields of both streams' oneofs from 10 on
+    are kept for labels at the edge.
     """
 
 @_typing.type_check_only
@@ -45,7 +49,11 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Train: _aio.StreamStreamMultiCallable[_training_pb2.TrainRequest, _training_pb2.TrainResponse]  # type: ignore[assignment]
     """One session: the first message opens it, micro-batches follow, closing the stream after
-    Leave ends it. Fields of both streams' oneofs from 10 on are kept for labels at the edge.
+    Leave ends it. A client whose stream breaks opens another one and says where it stands; it
+    sends again what was not answered, and gets the answers that it would have got.
+    Both ends send a heartbeat when they have had nothing else to send for a while, so that
+    either can tell a slow peer from one that is gone. Fields of both streams' oneofs from 10 on
+    are kept for labels at the edge.
     """
 
 class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -58,7 +66,11 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_training_pb2.TrainResponse], _abc.AsyncIterator[_training_pb2.TrainResponse]]:
         """One session: the first message opens it, micro-batches follow, closing the stream after
-        Leave ends it. Fields of both streams' oneofs from 10 on are kept for labels at the edge.
+        Leave ends it. A client whose stream breaks opens another one and says where it stands; it
+        sends again what was not answered, and gets the answers that it would have got.
+        Both ends send a heartbeat when they have had nothing else to send for a while, so that
+        either can tell a slow peer from one that is gone. Fields of both streams' oneofs from 10 on
+        are kept for labels at the edge.
         """
 
 def add_TrainingServiceServicer_to_server(servicer: TrainingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

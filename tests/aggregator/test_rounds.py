@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,7 +85,7 @@ def test_rounds_follow_one_another_and_old_versions_stay_available(tmp_path: Pat
 
 HANDSHAKES: list[tuple[dict[str, Any], type[LesftError], str]] = [
     ({"run_id": "other"}, HandshakeMismatch, "run_id: aggregator 'lesft', client 'other'"),
-    ({"protocol_version": 9}, HandshakeMismatch, "protocol_version: aggregator 1, client 9"),
+    ({"protocol_version": 9}, HandshakeMismatch, "protocol_version: aggregator 2, client 9"),
     ({"client_id": ""}, InvalidInput, "client_id must be 1 to 64 of letters, digits"),
     ({"client_id": "a/../b"}, InvalidInput, "got 'a/../b'"),
     ({"client_id": "x" * 65}, InvalidInput, "client_id must be 1 to 64 of letters, digits"),
@@ -270,6 +272,58 @@ def test_fetch_refuses_versions_that_never_come_soon(tmp_path: Path) -> None:
         assert type(error) is HandshakeMismatch
 
     run_aggregator(settings_for(tmp_path), scenario)
+
+
+def test_who_waits_gets_heartbeats_that_say_what_for_and_then_the_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    averaged = threading.Event()
+
+    def slow(parts: Any) -> Any:
+        assert averaged.wait(20)
+        return weighted_mean(parts)
+
+    monkeypatch.setattr(rounds_module, "weighted_mean", slow)
+
+    async def scenario(aggregator: Aggregator, caller: Caller, addresses: Addresses) -> None:
+        joined = await caller.join("a")
+        assert joined.heartbeat_seconds == 0.1
+        for client_id in "bc":
+            await caller.join(client_id)
+        await caller.submit("a")
+        start = time.monotonic()
+        call = caller.stub.Fetch(pb.FetchRequest(client_id="a", run_id="lesft", version=1))
+
+        async def next_wait() -> str:
+            response = await call.read()
+            assert response.WhichOneof("message") == "heartbeat"
+            return str(response.heartbeat.waiting_for)
+
+        assert [await next_wait() for _ in range(3)] == 3 * ["the adapters of b, c"]
+        assert 0.3 <= time.monotonic() - start < 2
+        await caller.submit("c")
+        await next_wait()  # this one may have been on its way
+        assert await next_wait() == "the adapters of b"
+        await caller.submit("b")
+        await next_wait()
+        assert await next_wait() == "the averaging"
+        averaged.set()
+        while (response := await call.read()).WhichOneof("message") == "heartbeat":
+            assert response.heartbeat.waiting_for == "the averaging"
+        assert response.aggregate.version == 1
+        assert (await call.read()).WhichOneof("message") == "chunk"
+
+    run_aggregator(settings_for(tmp_path, clients=3, heartbeat_seconds=0.1), scenario)
+
+
+def test_who_comes_when_the_version_is_there_gets_no_heartbeat(tmp_path: Path) -> None:
+    async def scenario(aggregator: Aggregator, caller: Caller, addresses: Addresses) -> None:
+        await caller.submit("a")
+        await caller.fetch(1)
+        call = caller.stub.Fetch(pb.FetchRequest(client_id="a", run_id="lesft", version=1))
+        assert (await call.read()).WhichOneof("message") == "aggregate"
+
+    run_aggregator(settings_for(tmp_path, clients=1, heartbeat_seconds=0.1), scenario)
 
 
 def test_a_waiting_client_may_give_up_and_the_round_goes_on(tmp_path: Path) -> None:

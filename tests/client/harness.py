@@ -86,8 +86,11 @@ class CountingChannel:
 
         return make
 
+    def close(self) -> None:
+        self._channel.close()
+
     def __enter__(self) -> "CountingChannel":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._channel.close()
+        self.close()

@@ -1,19 +1,28 @@
 """The client's side of the aggregation: what it hands in and gets, and when it stops waiting."""
 
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 import torch
 
+from lesft.bundle import bundle_chunks, bundle_info
 from lesft.channel import open_channel
-from lesft.errors import BundleError, LesftError, RunStopped, Unreachable
+from lesft.errors import AlreadyJoined, BundleError, RunStopped, Unreachable
+from lesft.tensors import encode_tensors
+from lesft.v1 import aggregation_pb2 as pb
+from lesft.v1 import aggregation_pb2_grpc, heartbeat_pb2
 from lesft_client.aggregation import Aggregator
+from lesft_client.back import GoBack
 from lesft_client.data import EncodedSample
 from lesft_client.front import Front
+from lesft_client.link import Patience
 from lesft_client.status import Status
 from lesft_client.train import TrainCommand
 from lesft_client.trainer import Trainer
@@ -39,22 +48,49 @@ def address(tmp_path: Path) -> Iterator[str]:
         yield address
 
 
+MakeClient = Callable[..., Aggregator]
+PATIENT = Patience(600, 600, 600)
+
+
 @pytest.fixture
-def channel(address: str) -> Iterator[grpc.Channel]:
-    with open_channel(address, insecure=False) as channel:
-        yield channel
+def make_client() -> Iterator[MakeClient]:
+    """Makes clients of the aggregator at an address; closes them in the end."""
+    made: list[Aggregator] = []
 
+    def make(
+        address: str,
+        name: str = "a",
+        num_samples: int = 1,
+        patience: Patience = PATIENT,
+        **options: Any,
+    ) -> Aggregator:
+        made.append(
+            Aggregator(
+                lambda: open_channel(address, insecure=False),
+                "aggregator a:1",
+                name,
+                "lesft",
+                num_samples,
+                patience,
+                WireCounter(),
+                **options,
+            )
+        )
+        return made[-1]
 
-def make_client(channel: grpc.Channel, name: str, num_samples: int = 1) -> Aggregator:
-    return Aggregator(channel, "aggregator a:1", name, "lesft", num_samples, 600, WireCounter())
+    yield make
+    for client in made:
+        client.close()
 
 
 def adapter(value: float) -> dict[str, torch.Tensor]:
     return {"x": torch.full((2, 3), value), "y": torch.full((4,), -value)}
 
 
-def test_clients_get_the_mean_by_their_number_of_samples(channel: grpc.Channel) -> None:
-    clients = [make_client(channel, "a", 10), make_client(channel, "b", 30)]
+def test_clients_get_the_mean_by_their_number_of_samples(
+    address: str, make_client: MakeClient
+) -> None:
+    clients = [make_client(address, "a", 10), make_client(address, "b", 30)]
     assert [client.join() for client in clients] == [0, 0]
     for client, value in zip(clients, (1.0, 5.0), strict=True):
         client.submit(0, adapter(value))
@@ -65,38 +101,196 @@ def test_clients_get_the_mean_by_their_number_of_samples(channel: grpc.Channel) 
         assert torch.equal(mean["y"], torch.full((4,), -4.0))
 
 
-def test_an_average_of_another_shape_is_refused(channel: grpc.Channel) -> None:
+def test_an_average_of_another_shape_is_refused(address: str, make_client: MakeClient) -> None:
     for name in "ab":
-        make_client(channel, name).submit(0, adapter(1.0))
+        make_client(address, name).submit(0, adapter(1.0))
     with pytest.raises(BundleError, match=r"'x' must have shape \[2, 4\], got \[2, 3\]"):
-        make_client(channel, "a").fetch(1, like={**adapter(0.0), "x": torch.zeros(2, 4)})
+        make_client(address).fetch(1, like={**adapter(0.0), "x": torch.zeros(2, 4)})
 
 
 @pytest.mark.parametrize(
-    "error", [RunStopped("the run has ended"), Unreachable("server s:1: connection reset")]
+    "error",
+    [RunStopped("the run has ended"), Unreachable("server s:1: connection reset"), GoBack(3)],
 )
-def test_waiting_for_a_version_ends_at_once_with_the_run(
-    channel: grpc.Channel, error: LesftError, monkeypatch: pytest.MonkeyPatch
+def test_waiting_for_a_version_ends_at_once_when_it_is_not_wanted_any_more(
+    address: str, make_client: MakeClient, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = make_client(channel, "a")
+    unwanted, reading = threading.Event(), threading.Event()
+
+    def still_wanted() -> None:
+        if unwanted.is_set():
+            raise error
+
+    client = make_client(address, still_wanted=still_wanted)
     client.submit(0, adapter(1.0))
-    reading = threading.Event()
     read = client._read
 
-    def noted(*arguments: object) -> bytes:
+    def noted(*arguments: Any) -> bytes:
         reading.set()
-        return read(*arguments)  # type: ignore[arg-type]
+        return read(*arguments)
 
     monkeypatch.setattr(client, "_read", noted)
+    client.interrupt()  # nothing to interrupt yet
     with ThreadPoolExecutor(1) as pool:
         fetched: Future[object] = pool.submit(client.fetch, 1, adapter(0.0))
         assert reading.wait(SECONDS)
         assert not fetched.done()
-        client.end(error)
+        unwanted.set()
+        client.interrupt()
         # Its patience is ten minutes, so this also says that nothing is tried again.
         assert fetched.exception(SECONDS) is error
     with pytest.raises(type(error)):
         client.fetch(1, adapter(0.0))
+    unwanted.clear()  # it went back to a checkpoint, and waits again
+    make_client(address, "b").submit(0, adapter(2.0))
+    assert torch.equal(client.fetch(1, adapter(0.0))["x"], torch.full((2, 3), 1.5))
+
+
+# ---------------------------------------------------------------------- silence and heartbeats
+
+
+class FakeAggregation(aggregation_pb2_grpc.AggregationServiceServicer):
+    """Notes from which connection every call came; one fetch after the other is as scripted."""
+
+    def __init__(self, *fetches: Callable[[threading.Event], Iterator[pb.FetchResponse]]) -> None:
+        self._fetches = list(fetches)
+        self.peers: dict[str, list[str]] = {"Join": [], "Submit": [], "Fetch": []}
+        self.silent: set[str] = set()
+        self.heartbeat_seconds = 0.1
+
+    def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinResponse:
+        self._begin("Join", context)
+        return pb.JoinResponse(version=4, heartbeat_seconds=self.heartbeat_seconds)
+
+    def Submit(self, request_iterator: Any, context: grpc.ServicerContext) -> pb.SubmitResponse:
+        self._begin("Submit", context)
+        return pb.SubmitResponse(version=1, received=sum(1 for _ in request_iterator))
+
+    def Fetch(
+        self, request: pb.FetchRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.FetchResponse]:
+        yield from self._fetches.pop(0)(self._begin("Fetch", context))
+
+    def _begin(self, method: str, context: grpc.ServicerContext) -> threading.Event:
+        """Returns what is set once the call is over; does not return before to a silent one."""
+        over = threading.Event()
+        context.add_callback(over.set)
+        self.peers[method].append(context.peer())
+        if method in self.silent:
+            self.silent.remove(method)
+            assert over.wait(SECONDS), "the client never gave up"
+        return over
+
+
+@contextmanager
+def serving(fake: FakeAggregation) -> Iterator[str]:
+    with ThreadPoolExecutor(8) as pool:
+        server = grpc.server(pool)
+        aggregation_pb2_grpc.add_AggregationServiceServicer_to_server(fake, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            server.stop(None).wait()
+
+
+def sends_adapter(over: threading.Event) -> Iterator[pb.FetchResponse]:
+    data = encode_tensors(adapter(2.0), "raw")
+    yield pb.FetchResponse(aggregate=pb.Aggregate(version=1, bundle=bundle_info(data)))
+    for chunk in bundle_chunks(data):
+        yield pb.FetchResponse(chunk=chunk)
+
+
+def heartbeats(*waits: str) -> Iterator[pb.FetchResponse]:
+    for waiting_for in waits:
+        time.sleep(0.15)
+        yield pb.FetchResponse(heartbeat=heartbeat_pb2.Heartbeat(waiting_for=waiting_for))
+
+
+def is_silent(over: threading.Event) -> Iterator[pb.FetchResponse]:
+    yield from heartbeats("b")
+    assert over.wait(SECONDS), "the client never gave up"
+
+
+def is_slow(over: threading.Event) -> Iterator[pb.FetchResponse]:
+    yield from heartbeats("b, c", "b, c", "c", "c", "c", "c")
+    yield from sends_adapter(over)
+
+
+def stops_in_the_middle(over: threading.Event) -> Iterator[pb.FetchResponse]:
+    yield next(sends_adapter(over))
+    assert over.wait(SECONDS), "the client never gave up"
+
+
+IMPATIENT = Patience(first_contact=SECONDS, reconnect=SECONDS, stall=0.4)
+
+
+def test_heartbeats_keep_a_fetch_waiting_and_say_what_for(make_client: MakeClient) -> None:
+    fake, heard = FakeAggregation(is_slow), list[str]()
+    with serving(fake) as address:
+        client = make_client(address, patience=IMPATIENT, on_waiting=heard.append)
+        assert client.join() == 4
+        assert torch.equal(client.fetch(1, adapter(0.0))["x"], torch.full((2, 3), 2.0))
+    assert heard == ["b, c", "b, c", "c", "c", "c", "c", ""]
+    assert len(fake.peers["Fetch"]) == 1
+
+
+@pytest.mark.parametrize("silence", [is_silent, stops_in_the_middle])
+def test_a_fetch_that_falls_silent_is_made_again_over_a_new_connection(
+    make_client: MakeClient, silence: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake = FakeAggregation(silence, sends_adapter)
+    with serving(fake) as address:
+        client = make_client(address, patience=IMPATIENT)
+        client.join()
+        start = time.monotonic()
+        assert torch.equal(client.fetch(1, adapter(0.0))["x"], torch.full((2, 3), 2.0))
+        assert 0.3 < time.monotonic() - start < 5
+    first, second = fake.peers["Fetch"]
+    assert first == fake.peers["Join"][0]
+    assert second != first
+    assert "aggregator a:1: nothing was heard of it for 0.4 s; trying again" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["Join", "Submit"])
+def test_a_call_that_is_not_answered_is_made_again_over_a_new_connection(
+    make_client: MakeClient, method: str
+) -> None:
+    fake = FakeAggregation()
+    fake.silent = {method}
+    with serving(fake) as address:
+        client = make_client(address, patience=IMPATIENT)
+        assert client.join() == 4
+        client.submit(4, adapter(1.0))
+    assert len(set(fake.peers[method])) == 2
+
+
+def test_an_aggregator_whose_heartbeats_are_rarer_than_the_patience_is_not_taken_for_dead(
+    make_client: MakeClient,
+) -> None:
+    def is_slower(over: threading.Event) -> Iterator[pb.FetchResponse]:
+        time.sleep(0.8)
+        yield from sends_adapter(over)
+
+    fake = FakeAggregation(is_slower)
+    fake.heartbeat_seconds = 0.5
+    with serving(fake) as address:
+        client = make_client(address, patience=IMPATIENT)
+        client.join()
+        client.fetch(1, adapter(0.0))
+    assert len(fake.peers["Fetch"]) == 1
+
+
+def test_silence_is_given_up_when_the_patience_ends(make_client: MakeClient) -> None:
+    fake = FakeAggregation(is_silent, is_silent, is_silent)
+    with serving(fake) as address:
+        client = make_client(address, patience=Patience(SECONDS, 0.6, stall=0.4))
+        client.join()
+        with pytest.raises(Unreachable) as caught:
+            client.fetch(1, adapter(0.0))
+    assert "nothing was heard of it for 0.4 s (tried for" in str(caught.value)
+    assert "--reconnect-seconds waits longer" in str(caught.value)
 
 
 # ---------------------------------------------------------------------- in a run
@@ -130,9 +324,10 @@ def train_and_leave(server: RunningServer, front: Front, when: threading.Event) 
         close()
 
 
-def test_a_client_that_waits_for_the_others_adapters_hears_that_the_run_was_stopped(
+def test_a_client_that_waits_for_the_others_adapters_hears_from_its_server_that_it_is_out(
     tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """That another client leaves is no reason: it may come back. Its session taken over is one."""
     model = save_model_with_tokenizer(tmp_path / "model")
     waiting = threading.Event()
     fetch = Aggregator.fetch
@@ -153,9 +348,16 @@ def test_a_client_that_waits_for_the_others_adapters_hears_that_the_run_was_stop
         front = make_front(model, server.spec, "a")  # models are not to be built at the same time
         b = pool.submit(TrainCommand(options).run)
         a = pool.submit(train_and_leave, server, front, waiting)
-        error = b.exception(SECONDS)
         assert a.exception(SECONDS) is None
-    assert isinstance(error, RunStopped)
-    assert "the run has ended: client 'a' left at round 1 micro-batch 0: stopped by its user" in (
-        str(error)
-    )
+        assert not b.done()
+        _, close = open_session(
+            server.grpc,
+            limits_of(server.spec),
+            client_id="b",
+            num_samples=server.engine.run.members["b"].num_samples,
+            instance_id=(tmp_path / "state/instance").read_text(),
+        )
+        error = b.exception(SECONDS)
+        close()
+    assert type(error) is AlreadyJoined
+    assert str(error) == f"server {server.grpc}: client 'b' has opened another session"

@@ -33,7 +33,8 @@ def train_two_of_five_rounds(status: Status) -> None:
     status.num_samples, status.skipped_samples = 12, 3
     status.adapter_version, status.tokens = 4, 600
     status.loss_by_round = [2.5, 1.5]
-    status.training_since, status.training_until = 100.0, 160.0
+    status.seconds_before = 60.0
+    status.waiting_for, status.reconnects = "client 'b'", 2
     status.wire.add("up", "labels", 8)
     status.wire.add("up", "activations_base", 100)
     status.wire.add("down", "gradients", 90)
@@ -47,6 +48,8 @@ def test_status_says_what_the_client_is_doing(status: Status, api: httpx.Client)
         "client_id": "client-0",
         "run_id": "run-7",
         "phase": "training",
+        "waiting_for": "client 'b'",
+        "reconnects": 2,
         "round": 2,
         "rounds": 5,
         "loss": 1.5,
@@ -90,6 +93,15 @@ def test_it_is_ready_while_it_trains_and_else_says_what_it_does(
     status.phase = phase
     response = api.get("/readyz")
     assert (response.status_code, response.text) == (code, text)
+
+
+def test_it_is_not_ready_while_it_waits_for_others(status: Status, api: httpx.Client) -> None:
+    status.phase, status.waiting_for = "training", "server a:1 to answer again"
+    response = api.get("/readyz")
+    assert (response.status_code, response.text) == (
+        503,
+        "waiting for server a:1 to answer again\n",
+    )
 
 
 def metrics_of(api: httpx.Client) -> dict[str, float]:
@@ -156,12 +168,19 @@ def test_it_describes_the_status_it_sends(api: httpx.Client) -> None:
     assert fields.keys() == api.get("/v1/status").json().keys()
 
 
-def test_time_after_the_last_round_does_not_count_as_training(
+def test_only_time_in_the_training_loop_counts_as_training(
     status: Status, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    status.training_since, status.tokens = 100.0, 600
-    monkeypatch.setattr("lesft_client.status.time", SimpleNamespace(monotonic=lambda: 130.0))
-    assert (status.training_seconds(), status.body().tokens_per_second) == (30.0, 20.0)
-    status.training_until = 160.0
-    monkeypatch.setattr("lesft_client.status.time", SimpleNamespace(monotonic=lambda: 9999.0))
-    assert (status.training_seconds(), status.body().tokens_per_second) == (60.0, 10.0)
+    now = 100.0
+    monkeypatch.setattr("lesft_client.status.time", SimpleNamespace(monotonic=lambda: now))
+    status.tokens, status.seconds_before = 600, 10.0  # of an earlier process of this client
+    assert (status.training_seconds(), status.body().tokens_per_second) == (10.0, 60.0)
+    status.training_begins()
+    now = 130.0
+    assert (status.training_seconds(), status.body().tokens_per_second) == (40.0, 15.0)
+    status.training_ends()
+    now = 9999.0
+    assert (status.training_seconds(), status.body().tokens_per_second) == (40.0, 15.0)
+    status.training_begins()  # it went back to a checkpoint
+    now = 10009.0
+    assert status.training_seconds() == 50.0

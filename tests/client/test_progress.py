@@ -1,7 +1,10 @@
 """What the client shows: lines where there is no terminal, a bar where there is one."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from lesft_client import progress
 from lesft_client.progress import ProgressDisplay
 from lesft_client.status import Status
 from lesft_client.wire import WireCounter
@@ -11,7 +14,7 @@ from lesft_client.wire import WireCounter
 def status() -> Status:
     """Half-way through four rounds, after a minute."""
     status = Status("client-0", WireCounter(), rounds=4, tokens=600)
-    status.training_since, status.training_until = 100.0, 160.0
+    status.seconds_before = 60.0
     status.loss_by_round = [2.5, 1.25]
     status.wire.add("up", "activations_base", 2_500_000)
     status.wire.add("down", "gradients", 1_000)
@@ -53,6 +56,25 @@ def test_a_bar_shows_the_same_figures(
     _, err = capsys.readouterr()
     assert "getting the front (88 MB)" in err
     assert "88/88" in err
-    assert "1/4 loss 1.2500  10 tokens/s  up 2.5 MB  down 1.0 kB" in err
+    assert "2/4 loss 1.2500  10 tokens/s  up 2.5 MB  down 1.0 kB" in err
     assert "[said] at 100%" in err
     assert "finished" in err
+
+
+def test_a_wait_is_said_once_and_only_when_it_lasts(
+    status: Status, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace()
+    monkeypatch.setattr(progress, "time", clock)
+    display = ProgressDisplay(status, bar=False)
+    said = {}
+    waits = {100: "b", 109: "b", 110: "", 111: "b", 116: "b", 122: "b", 140: "b", 141: "c"}
+    for now, waiting_for in {**waits, 150: "c", 152: "c"}.items():
+        clock.monotonic = lambda now=now: now
+        display.waiting(waiting_for)
+        assert status.waiting_for == waiting_for
+        said[now] = capsys.readouterr().err
+    assert {now: line for now, line in said.items() if line} == {
+        122: "waiting for b\n",
+        152: "waiting for c\n",
+    }

@@ -282,6 +282,21 @@ INT = "Input should be a valid integer, unable to parse string as an integer"
         ),
         (
             TRAIN,
+            ["--reconnect-seconds=0"],
+            "--reconnect-seconds: Input should be greater than 0, got '0'",
+        ),
+        (
+            TRAIN,
+            ["--stall-seconds=0"],
+            "--stall-seconds: Input should be greater than 0, got '0'",
+        ),
+        (
+            AGGREGATOR,
+            ["--heartbeat-seconds=0"],
+            "--heartbeat-seconds: Input should be greater than 0, got '0'",
+        ),
+        (
+            TRAIN,
             ["--weights=hub"],
             "--weights: Input should be 'auto', 'local' or 'server', got 'hub'",
         ),

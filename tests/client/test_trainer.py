@@ -1,7 +1,7 @@
 """The training loop: the same over gRPC and with the back in this process, and its order."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,11 @@ import torch
 
 from lesft.adapters import attach_lora, lora_state
 from lesft.back import Back
-from lesft.micro_batch import MicroBatch, StepResult, Targets
+from lesft.micro_batch import MicroBatch, StepKey, StepResult, Targets
 from lesft.micro_batch import Path as BatchPath
 from lesft.spec import LoraSpec, LossSpec, RunSpec
 from lesft.weights import Checkpoint, front_fingerprint, load_back
-from lesft_client.back import BackLink, LocalBack
+from lesft_client.back import BackLink, GoBack, LocalBack
 from lesft_client.data import EncodedSample, sample_index
 from lesft_client.front import Front
 from lesft_client.status import Status
@@ -76,6 +76,10 @@ class RecordingBack:
         self.events.append(f"receive {result.key.round}.{result.key.micro}")
         self.results.append(result)
         return result
+
+    def resume(self, round_index: int) -> None:
+        self.events.append(f"resume {round_index}")
+        self.link.resume(round_index)
 
     def score(self, base: BatchPath, targets: Targets) -> list[float]:
         self.events.append(f"score {len(targets.lengths)}")
@@ -272,6 +276,152 @@ def test_training_goes_on_from_the_averaged_adapter(make_run: MakeRun) -> None:
     assert 0 < max(changes) < 0.02
     assert max((submitted[n] - 2 * given[n]).abs().max().item() for n in given) > 0.05
     assert_identical(run.front.adapter(), last)
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+@dataclass
+class MemoryKeeper:
+    """Checkpoints in memory."""
+
+    events: list[str] = field(default_factory=list)
+    saved: dict[int, State] = field(default_factory=dict)
+
+    def save(self, round_index: int, tensors: State) -> None:
+        self.events.append(f"save {round_index}")
+        self.saved[round_index] = tensors
+
+    def load(self, round_index: int) -> State:
+        self.events.append(f"load {round_index}")
+        return self.saved[round_index]
+
+
+class RestartingBack:
+    """A back that wants checkpoints after some rounds, and at some steps goes back to one."""
+
+    def __init__(self, back: Back, checkpoints: set[int], breaks: dict[StepKey, int]) -> None:
+        self._back = back
+        self._link = LocalBack(back, NAME)
+        self._checkpoints = checkpoints
+        self._breaks = breaks
+        self._saved = {0: back.state()}
+
+    def resume(self, round_index: int) -> None:
+        self._back.load_state(self._saved[round_index])
+        self._link = LocalBack(self._back, NAME)
+
+    def send(self, batch: MicroBatch) -> None:
+        self._link.send(batch)
+        self._saved[self._back.optimizer.steps] = self._back.state()
+
+    def receive(self) -> StepResult:
+        result = self._link.receive()
+        if result.key in self._breaks:
+            raise GoBack(self._breaks.pop(result.key))
+        return replace(result, checkpoint=result.key.round + 1 in self._checkpoints)
+
+    def score(self, base: BatchPath, targets: Targets) -> list[float]:
+        return self._link.score(base, targets)
+
+    def leave(self, reason: str) -> None:
+        self._link.leave(reason)
+
+
+def train_with_checkpoints(
+    model: Path, spec: RunSpec, checkpoints: set[int], breaks: dict[StepKey, int]
+) -> tuple[Outcome, list[str]]:
+    """Train, going back when the back says so; also returns what the keeper saw."""
+    front, back, keeper = make_front(model, spec, NAME), make_back(model, spec), MemoryKeeper()
+    status = Status(NAME, WireCounter(), rounds=spec.rounds)
+    link = RestartingBack(back, checkpoints, breaks)
+    aggregator = HalvingAggregator([])
+    # One in flight, so that both sides may draw their dropout from one generator.
+    trainer = Trainer(front, link, aggregator, random_samples(6), status, 1, keeper)
+    trainer.save()
+    while True:
+        try:
+            trainer.train()
+            break
+        except GoBack as go_back:
+            status.adapter_version = go_back.round // spec.aggregation_interval
+            trainer.go_back(go_back.round)
+    nothing = HeldOut(0.0, 0)
+    adapter = lora_state(back.model, spec.cut_layer)
+    return (
+        Outcome(status.loss_by_round, front.adapter(), adapter, nothing, nothing, 0),
+        keeper.events,
+    )
+
+
+def test_a_run_that_went_back_ends_as_one_that_never_stopped(model: Path, tmp_path: Path) -> None:
+    spec = make_spec(
+        model,
+        tmp_path,
+        rounds=6,
+        accumulation=2,
+        aggregation_interval=2,
+        lora=LoraSpec(dropout=0.3),
+        optimizer={"learning_rate": 1e-2, "schedule": "cosine", "max_grad_norm": 0.1},
+    )
+    plain, events = train_with_checkpoints(model, spec, set(), {})
+    assert events == ["save 0"]
+    # In mid-window, at a round's first step, and after the last aggregation but one.
+    breaks = {StepKey(1, 1): 0, StepKey(3, 0): 2, StepKey(5, 1): 4}
+    broken, events = train_with_checkpoints(model, spec, {2, 4}, breaks)
+    assert events == ["save 0", "load 0", "save 2", "load 2", "save 4", "load 4"]
+    assert breaks == {}
+    assert broken.losses == plain.losses
+    assert len(set(plain.losses)) == 6
+    assert_identical(broken.front, plain.front)
+    assert_identical(broken.back, plain.back)
+
+
+def test_a_checkpoint_is_taken_after_the_rounds_aggregation_and_before_it_counts_as_done(
+    make_run: MakeRun,
+) -> None:
+    run = make_run(rounds=3, accumulation=1, aggregation_interval=1)
+    receive = run.back.receive
+    run.back.receive = lambda: replace(receive(), checkpoint=True)  # type: ignore[method-assign]
+    keeper = MemoryKeeper(run.back.events)
+    trainer = Trainer(
+        run.front, run.back, run.aggregator, random_samples(5), run.status, keeper=keeper
+    )
+    trainer.train(lambda: run.back.events.append("round"))
+    assert run.back.events == [
+        *("send 0.0", "receive 0.0", "submit from 0", "fetch 1", "save 1", "round"),
+        *("send 1.0", "receive 1.0", "submit from 1", "fetch 2", "save 2", "round"),
+        *("send 2.0", "receive 2.0", "submit from 2", "fetch 3", "save 3", "round"),
+    ]
+    names = {f"lora.{name}" for name in run.front.adapter()}
+    assert {name for name in keeper.saved[1] if name.startswith("lora.")} == names
+    for name in names:
+        averaged = run.aggregator.given[0][name.removeprefix("lora.")]
+        assert torch.equal(keeper.saved[1][name], averaged)
+    assert trainer.timer.seconds["checkpoints"] > 0
+
+
+def test_going_back_loads_first_and_forgets_the_losses_since(make_run: MakeRun) -> None:
+    run = make_run(rounds=3)
+    keeper = MemoryKeeper(run.back.events)
+    trainer = Trainer(
+        run.front, run.back, run.aggregator, random_samples(5), run.status, keeper=keeper
+    )
+    trainer.save()
+    trainer.train()
+    losses, tokens = list(run.status.loss_by_round), run.status.tokens
+    assert (trainer.round, len(losses)) == (3, 3)
+    keeper.saved[1] = keeper.saved[0]
+    run.back.events.clear()
+    trainer.go_back(1)
+    assert run.back.events == ["load 1", "resume 1"]
+    assert trainer.round == 1
+    assert run.status.loss_by_round == losses[:1]
+    assert run.status.tokens == tokens, "what was computed was computed"
+    seconds = run.status.training_seconds()
+    trainer.train()
+    assert run.back.events[2] == "send 1.0"
+    assert run.status.training_seconds() > seconds
 
 
 # ---------------------------------------------------------------------- figures

@@ -40,11 +40,11 @@ def test_every_byte_of_a_run_is_counted_once_and_under_its_kind(
     bytes_per_number: int,
     reference_nll_weight: float,
 ) -> None:
-    channels: list[CountingChannel] = []
+    channels: list[tuple[str, CountingChannel]] = []
 
     def counting(address: str, insecure: bool) -> CountingChannel:
-        channels.append(CountingChannel(open_channel(address, insecure)))
-        return channels[-1]
+        channels.append((address, CountingChannel(open_channel(address, insecure))))
+        return channels[-1][1]
 
     monkeypatch.setattr(lesft_client.train, "open_channel", counting)
     settings = server_settings(
@@ -76,11 +76,15 @@ def test_every_byte_of_a_run_is_counted_once_and_under_its_kind(
     result = json.loads((tmp_path / "state/result.json").read_text())
     wire = result["wire"]
 
-    to_server, to_aggregator = channels
-    assert sizes(to_server.sent).keys() == {"DescribeRun", "FetchFront", "Train"}
-    assert sizes(to_aggregator.sent).keys() == {"Join", "Submit", "Fetch"}
-    sent = [*to_server.sent, *to_aggregator.sent]
-    received = [*to_server.received, *to_aggregator.received]
+    methods = {(address, frozenset(sizes(channel.sent))) for address, channel in channels}
+    assert len(channels) == 3
+    assert methods == {
+        (server.grpc, frozenset({"DescribeRun", "FetchFront"})),
+        (server.grpc, frozenset({"Train"})),
+        (aggregator, frozenset({"Join", "Submit", "Fetch"})),
+    }
+    sent = [message for _, channel in channels for message in channel.sent]
+    received = [message for _, channel in channels for message in channel.received]
     assert result["bytes_up"] == sum(wire["up"].values()) == sum(sizes(sent).values())
     assert result["bytes_down"] == sum(wire["down"].values()) == sum(sizes(received).values())
 
@@ -132,6 +136,16 @@ def test_what_is_no_known_part_of_a_message_is_other() -> None:
     assert without_other(wire.by_kind()["up"]) == {"activations_base": 60, "labels": 12}
     assert wire.by_kind()["up"]["other"] == 32 + 10
     assert (wire.total("up"), wire.total("down")) == (114, 7)
+
+
+def test_the_counts_of_an_earlier_process_are_added() -> None:
+    earlier, wire = WireCounter(), WireCounter()
+    earlier.add("up", "labels", 8)
+    earlier.add("down", "gradients", 5)
+    wire.add("up", "labels", 4)
+    wire.add_all(json.loads(json.dumps(earlier.by_kind())))
+    assert without_other(wire.by_kind()["up"]) == {"labels": 12}
+    assert (wire.total("up"), wire.total("down")) == (12, 5)
 
 
 def test_a_copy_of_the_counts_does_not_change_later() -> None:

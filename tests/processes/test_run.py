@@ -1,4 +1,4 @@
-"""Runs of real processes: to the end, stopped by anyone, killed, and refused with a clear word."""
+"""Runs of real processes: to the end, stopped by anyone, and refused with a clear word."""
 
 import hashlib
 import json
@@ -115,7 +115,7 @@ def test_two_clients_train_to_the_end_after_one_of_them_was_stopped_while_it_wai
     assert (server.wait(PROMPTLY_SECONDS), aggregator.wait(PROMPTLY_SECONDS)) == (0, 0)
 
 
-# ---------------------------------------------------------------------- stopped in mid-run
+# ---------------------------------------------------------------------- away in mid-run
 
 
 def start_two_clients(run: Launcher) -> tuple[Service, Service, Service]:
@@ -131,9 +131,8 @@ def start_two_clients(run: Launcher) -> tuple[Service, Service, Service]:
     return server, a, b
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_client_that_is_told_to_stop_ends_the_run_and_the_others_hear_who_it_was(
-    run: Launcher, number: signal.Signals
+def test_a_client_that_is_told_to_stop_is_waited_for_and_goes_on_when_it_is_started_again(
+    run: Launcher,
 ) -> None:
     server, a, b = start_two_clients(run)
     assert get(a, "/readyz").text == "ok\n"
@@ -141,19 +140,27 @@ def test_a_client_that_is_told_to_stop_ends_the_run_and_the_others_hear_who_it_w
     assert (status["client_id"], status["phase"], status["num_samples"]) == ("a", "training", 9)
     assert status["round"] >= 3
 
-    a.signal(number)
+    a.signal(signal.SIGTERM)
     assert a.wait(PROMPTLY_SECONDS) == 130
     assert a.lines[-1] == "lesft-client: stopped"
-    assert b.wait(PROMPTLY_SECONDS) == 3
-    start, end = (
-        f"server {server.address('grpc')}: the run has ended: client 'a' left at ",
-        (": stopped by its user"),
-    )
-    assert b.lines[-1].startswith(f"lesft-client: {start}")
-    assert b.lines[-1].endswith(end)
+    server.wait_for_line("a is away at round ")
     described = get(server, "/v1/run").json()
-    assert described["state"] == "stopped"
-    assert described["reason"].startswith("client 'a' left at ")
+    waits = "client 'a' to come back (stopped by its user)"
+    assert (described["state"], described["waiting_for"]) == ("training", waits)
+    ready = httpx.get(f"http://{server.address('control')}/readyz")
+    assert (ready.status_code, ready.text) == (503, f"waiting for {waits}\n")
+    # It may have got as far as the aggregation.
+    assert b.wait_for_line("waiting for ") in (
+        f"waiting for {waits}",
+        "waiting for the adapters of a",
+    )
+
+    addresses = server.address("grpc"), run.started[1].address("grpc")
+    again = run.start_client("a", *addresses, share="1/2")
+    resumed = int(again.wait_for_line("resumed at round ").split()[3])
+    assert 0 < resumed <= described["rounds_done"] + 1
+    b.wait_for_line(f"round {described['rounds_done'] + 3}/")
+    assert get(server, "/v1/clients").json()[0]["resumed"] == 1
 
 
 def start_one_client(run: Launcher, **options: Any) -> tuple[Service, Service, Service]:
@@ -165,29 +172,25 @@ def start_one_client(run: Launcher, **options: Any) -> tuple[Service, Service, S
     return server, aggregator, client
 
 
-def test_a_server_that_is_told_to_stop_tells_its_clients(run: Launcher) -> None:
-    server, _, client = start_one_client(run)
-    server.signal(signal.SIGTERM)
-    assert client.wait(PROMPTLY_SECONDS) == 3
-    assert client.lines[-1] == (
-        f"lesft-client: server {server.address('grpc')}: the run has ended: the server is stopping"
-    )
-    assert server.wait(PROMPTLY_SECONDS) == 0
-    assert any("run lesft: stopped: the server is stopping" in line for line in server.lines)
-
-
-def test_a_server_that_is_killed_ends_its_clients_with_its_name(run: Launcher) -> None:
-    server, _, client = start_one_client(run)
-    server.signal(signal.SIGKILL)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_client_waits_for_a_server_that_is_gone_but_not_for_ever(
+    run: Launcher, number: signal.Signals
+) -> None:
+    server, _, client = start_one_client(run, reconnect_seconds=2)
+    server.signal(number)
+    assert server.wait(PROMPTLY_SECONDS) == (0 if number == signal.SIGTERM else -9)
     assert client.wait(PROMPTLY_SECONDS) == 1
-    assert client.lines[-1].startswith(f"lesft-client: server {server.address('grpc')}: ")
-    assert client.lines[-1].endswith(
-        "the connection broke off in mid-run; look at the server's log, then start again"
-    )
+    party = f"server {server.address('grpc')}: "
+    lost = next(line for line in client.lines if "the connection is lost" in line)
+    assert lost.startswith(party)
+    assert ("the server is stopping" in lost) == (number == signal.SIGTERM)
+    assert client.lines[-1].startswith(f"lesft-client: {party}")
+    assert "(tried for 2 s; is it running and is the address right? " in client.lines[-1]
+    assert client.lines[-1].endswith("--reconnect-seconds waits longer)")
 
 
-def test_an_aggregator_that_is_killed_ends_its_clients_with_its_name(run: Launcher) -> None:
-    server, aggregator, client = start_one_client(run, patience_seconds=1)
+def test_a_client_waits_for_an_aggregator_that_is_gone_but_not_for_ever(run: Launcher) -> None:
+    server, aggregator, client = start_one_client(run, reconnect_seconds=1)
     aggregator.signal(signal.SIGKILL)
     assert client.wait(PROMPTLY_SECONDS) == 1
     party = f"aggregator {aggregator.address('grpc')}: "
@@ -196,11 +199,9 @@ def test_an_aggregator_that_is_killed_ends_its_clients_with_its_name(run: Launch
     assert all("; trying again in 0." in line for line in again)
     assert client.lines[-1].startswith(f"lesft-client: {party}")
     assert "(tried for 1 s; is it running and is the address right? " in client.lines[-1]
-    assert (
-        f"client 'a' left at round {len(get(server, '/v1/rounds').json())} "
-        in (get(server, "/v1/run").json()["reason"])
-    )
-    assert party in get(server, "/v1/run").json()["reason"]
+    described = get(server, "/v1/run").json()
+    assert described["state"] == "training"
+    assert party in described["waiting_for"]
 
 
 # ---------------------------------------------------------------------- refused

@@ -6,7 +6,7 @@ import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -17,16 +17,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lesft.adapters import lora_state
 from lesft.bundle import BundleReader, bundle_chunks
-from lesft.errors import LesftError
+from lesft.errors import LesftError, status_of
 from lesft.interceptors import error_from
 from lesft.micro_batch import MicroBatch, Path, StepKey, StepResult, Targets
 from lesft.spec import PROTOCOL_VERSION, RunSpec
 from lesft.spec_messages import encoding_to_message, lora_to_message
 from lesft.step_messages import held_out_to_message, micro_batch_to_message
-from lesft.v1 import training_pb2
+from lesft.v1 import heartbeat_pb2, training_pb2
 from lesft.v1.training_pb2 import TrainRequest, TrainResponse
 from lesft_client.data import EncodedSample
-from lesft_client.stream import ServerStream
+from lesft_client.link import ServerLink
 from tests.harness import (
     RunningServer,
     back_model,
@@ -48,13 +48,21 @@ class Refusal:
     message: str
 
 
+def refusal(kind: type[LesftError], message: str) -> Refusal:
+    """The refusal that an error of our tree becomes."""
+    return Refusal(status_of(kind("")).grpc, kind, message)
+
+
 def refusal_of(error: grpc.RpcError) -> Refusal:
     """The refusal that a failed call tells its caller."""
     return Refusal(error.code(), type(error_from(error, "server")), error.details())
 
 
 class RawSession:
-    """A Train stream without any of our client's care. Bytes are sent as they are."""
+    """A Train stream without any of our client's care. Bytes are sent as they are.
+
+    Heartbeats are passed over unless a test asks for them.
+    """
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._outgoing: queue.Queue[TrainRequest | bytes | None] = queue.Queue()
@@ -75,17 +83,25 @@ class RawSession:
 
     def receive(self) -> TrainResponse:
         """The next message, which must be there."""
-        response: TrainResponse = next(self.call)
-        return response
+        return next(message for message in self.call if not message.HasField("heartbeat"))
 
-    def receive_step(self) -> training_pb2.StepResult:
-        """The next result; its bundle is read whole and checked."""
+    def receive_heartbeat(self) -> str:
+        """What the server waits for by its next heartbeat, which must be the next message."""
+        message: TrainResponse = next(self.call)
+        assert message.WhichOneof("message") == "heartbeat"
+        return message.heartbeat.waiting_for
+
+    def receive_answer(self) -> tuple[training_pb2.StepResult, bytes]:
+        """The next result and its bundle, which is read whole and checked."""
         header = self.receive().step
         reader = BundleReader(header.bundle, 1 << 30)
         while not reader.complete:
             reader.add(self.receive().chunk)
-        reader.data()
-        return header
+        return header, reader.data()
+
+    def receive_step(self) -> training_pb2.StepResult:
+        """As `receive_answer`, without the bundle."""
+        return self.receive_answer()[0]
 
     def refusal(self) -> Refusal:
         """How the call ends, which must not be well; what it sends before is not looked at."""
@@ -96,7 +112,7 @@ class RawSession:
 
     def rest(self) -> list[TrainResponse]:
         """All messages to the end of the call, which must be a good one."""
-        return list(self.call)
+        return [message for message in self.call if not message.HasField("heartbeat")]
 
 
 @contextmanager
@@ -123,12 +139,31 @@ def opening(spec: RunSpec, client_id: str = "a", **changes: Any) -> TrainRequest
     return TrainRequest(open=training_pb2.OpenSession(**{**fields, **changes}))
 
 
-def join(channel: grpc.Channel, spec: RunSpec, client_id: str, **changes: Any) -> RawSession:
-    """A session that the server has opened."""
+def join(
+    channel: grpc.Channel,
+    spec: RunSpec,
+    client_id: str,
+    at: StepKey | None = None,
+    **changes: Any,
+) -> RawSession:
+    """A session that the server has opened; one that stands `at` a key must be let go on there."""
+    if at is not None:
+        changes["position"] = training_pb2.Position(round=at.round, micro=at.micro)
     session = RawSession(channel)
     session.send(opening(spec, client_id, **changes))
-    assert session.receive().WhichOneof("message") == "opened"
+    message = session.receive()
+    assert message.WhichOneof("message") == "opened"
+    if at is not None:
+        assert (next_of(message.opened), message.opened.course) == (
+            at,
+            training_pb2.COURSE_CONTINUE,
+        )
     return session
+
+
+def next_of(opened: training_pb2.SessionOpened) -> StepKey:
+    """Where the server wants its client to go on."""
+    return StepKey(opened.next.round, opened.next.micro)
 
 
 # ---------------------------------------------------------------------- what a client sends
@@ -170,6 +205,11 @@ def with_chunks(message: TrainRequest, data: bytes) -> list[TrainRequest]:
     return [message, *(TrainRequest(chunk=chunk) for chunk in bundle_chunks(data))]
 
 
+def other_batch(key: StepKey) -> MicroBatch:
+    """One that differs from `make_batch`'s in its labels only."""
+    return replace(make_batch(key), targets=random_targets(TARGET_LENGTHS, seed=9))
+
+
 def step_messages(batch: MicroBatch) -> list[TrainRequest]:
     """A micro-batch as it travels."""
     header, data = micro_batch_to_message(batch, "raw")
@@ -184,9 +224,27 @@ def held_out_messages(index: int = 0) -> list[TrainRequest]:
     return with_chunks(TrainRequest(held_out=header), data)
 
 
+def heartbeat() -> TrainRequest:
+    """The message of a client that is there and has nothing to send."""
+    return TrainRequest(heartbeat=heartbeat_pb2.Heartbeat())
+
+
 def leaving(reason: str = "") -> TrainRequest:
     """The message of a client that goes."""
     return TrainRequest(leave=training_pb2.Leave(reason=reason))
+
+
+NARROW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 64 << 10))
+"""Makes a client's end take few bytes that are not read, so that the server soon has to wait."""
+
+
+def bulky_round(round_index: int) -> list[TrainRequest]:
+    """The micro-batches of a round; the answer to each is four times what a narrow client takes."""
+    messages = []
+    for micro in range(2):
+        batch = make_batch(StepKey(round_index, micro), (900, 900), (), (1, 1))
+        messages += step_messages(replace(batch, reference=None))
+    return messages
 
 
 # ---------------------------------------------------------------------- right clients
@@ -208,7 +266,7 @@ class Crew:
         self._server = server
         self._spec = server.spec
         self._samples = samples
-        self._streams: list[ServerStream] = []
+        self._streams: list[ServerLink] = []
         self.fronts = [
             make_front(model, server.spec, f"client-{index}") for index in range(len(samples))
         ]

@@ -1,7 +1,10 @@
-"""The server's HTTP side before, during and after a run, and its gRPC health and reflection."""
+"""The server's HTTP side before, during and after a run, its orders, and gRPC's own services."""
 
+import errno
+import re
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,17 +15,32 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from lesft.micro_batch import StepResult
+from lesft.errors import InvalidInput, RunStopped
+from lesft.micro_batch import MicroBatch, StepKey, StepResult
+from lesft_server.ledger import Entry
 from tests.harness import RunningServer, random_samples, running_server, server_settings
-from tests.server.harness import SERVICES, Crew, join, leaving, raw_channel
+from tests.server.harness import (
+    SERVICES,
+    Crew,
+    join,
+    leaving,
+    make_batch,
+    raw_channel,
+    refusal,
+    step_messages,
+    wait_until,
+)
 
 SHARES = {"client-0": 0.25, "client-1": 0.75}
 SAMPLES = [random_samples(1, 1), random_samples(3, 2)]
 
 
 @contextmanager
-def serving(model: Path, state: Path) -> Iterator[tuple[RunningServer, httpx.Client]]:
-    settings = server_settings(model, state, clients=2, rounds=2, accumulation=2, threads=1)
+def serving(
+    model: Path, state: Path, **options: Any
+) -> Iterator[tuple[RunningServer, httpx.Client]]:
+    values: dict[str, Any] = {"clients": 2, "accumulation": 2, "threads": 1, **options}
+    settings = server_settings(model, state, **values)
     with (
         running_server(settings) as server,
         httpx.Client(base_url=f"http://{server.control}") as http,
@@ -47,7 +65,11 @@ def run_body(server: RunningServer, **changes: Any) -> dict[str, Any]:
     return {
         "state": "waiting for clients",
         "reason": "",
+        "waiting_for": "2 more clients to join",
+        "paused": False,
         "rounds_done": 0,
+        "steps_applied": 0,
+        "lineage": server.engine.run.lineage,
         "clients_joined": 0,
         "spec_fingerprint": server.spec.fingerprint(),
         "spec": server.spec.model_dump(mode="json"),
@@ -72,6 +94,8 @@ def client_body(index: int, connected: bool, next_round: int) -> dict[str, Any]:
         "connected": connected,
         "next_round": next_round,
         "next_micro": 0,
+        "resumed": 0,
+        "away_because": "" if connected else "it left",
     }
 
 
@@ -108,6 +132,7 @@ def test_the_bodies_follow_a_run_from_its_start_to_its_end(
     start = time.time()
     # Before.
     assert http.get("/v1/run").json() == run_body(server)
+    assert server.engine.run.lineage == ""
     assert http.get("/v1/clients").json() == []
     assert http.get("/v1/rounds").json() == []
     assert metrics(http) == {"lesft_server_rounds_total": 0.0, "lesft_server_clients": 0.0}
@@ -115,12 +140,17 @@ def test_the_bodies_follow_a_run_from_its_start_to_its_end(
 
     with Crew(server, model, SAMPLES) as crew:
         # During.
-        assert http.get("/v1/run").json() == run_body(server, state="training", clients_joined=2)
+        training = {"state": "training", "clients_joined": 2}
+        both = "clients client-0, client-1"
+        assert http.get("/v1/run").json() == run_body(server, waiting_for=both, **training)
         assert client_bodies(http, start) == [client_body(i, True, 0) for i in range(2)]
         first = crew.train_round(0)
         assert http.get("/v1/run").json() == run_body(
-            server, state="training", clients_joined=2, rounds_done=1
+            server, waiting_for=both, rounds_done=1, steps_applied=2, **training
         )
+        lineage = server.engine.run.lineage
+        assert re.fullmatch("[0-9a-f]{64}", lineage)
+        assert http.get("/readyz").text == "ok\n"
         assert client_bodies(http, start) == [client_body(i, True, 1) for i in range(2)]
         assert_rounds(http, [first], first=0)
         assert_rounds(http, [first], first=1)
@@ -138,8 +168,9 @@ def test_the_bodies_follow_a_run_from_its_start_to_its_end(
 
     # After.
     assert http.get("/v1/run").json() == run_body(
-        server, state="finished", clients_joined=2, rounds_done=2
+        server, state="finished", waiting_for="", clients_joined=2, rounds_done=2, steps_applied=4
     )
+    assert server.engine.run.lineage not in ("", lineage)
     assert client_bodies(http, start) == [client_body(i, False, 2) for i in range(2)]
     for offset in (0, 1, 2, 10**9):
         assert_rounds(http, [first, second], first=offset)
@@ -151,22 +182,173 @@ def test_the_bodies_follow_a_run_from_its_start_to_its_end(
 
 
 def test_a_run_that_was_stopped_is_not_ready_and_says_why(
+    waiting: tuple[RunningServer, httpx.Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, http = waiting
+
+    def fail(*_: object) -> list[StepResult]:
+        raise InvalidInput("the loss is NaN")
+
+    monkeypatch.setattr(server.engine.back, "train_step", fail)
+    with raw_channel(server.grpc) as channel:
+        sessions = [join(channel, server.spec, name) for name in "ab"]
+        for session in sessions:
+            session.send(*step_messages(one_sample(StepKey(0, 0))))
+        for session in sessions:
+            session.refusal()
+    response = http.get("/readyz")
+    assert (response.status_code, response.text) == (503, "the run has ended: the loss is NaN\n")
+    assert http.get("/v1/run").json() == run_body(
+        server, state="stopped", reason="the loss is NaN", waiting_for="", clients_joined=2
+    )
+    clients = http.get("/v1/clients").json()
+    assert [client["connected"] for client in clients] == [False, False]
+    assert clients[0]["away_because"] == "the run has ended: the loss is NaN"
+    response = http.get("/healthz")
+    assert (response.status_code, response.text) == (200, "ok\n")
+
+
+def test_a_run_that_waits_for_a_client_is_not_ready_until_it_is_back(
     waiting: tuple[RunningServer, httpx.Client],
 ) -> None:
     server, http = waiting
     with raw_channel(server.grpc) as channel:
         sessions = [join(channel, server.spec, name) for name in "ab"]
         sessions[1].send(leaving("the battery is low"))
-        sessions[0].refusal()
-    reason = "client 'b' left at round 0 micro-batch 0: the battery is low"
-    response = http.get("/readyz")
-    assert (response.status_code, response.text) == (503, f"the run has ended: {reason}\n")
-    assert http.get("/v1/run").json() == run_body(
-        server, state="stopped", reason=reason, clients_joined=2
+        sessions[1].rest()
+        why = "client 'b' to come back (the battery is low)"
+        response = http.get("/readyz")
+        assert (response.status_code, response.text) == (503, f"waiting for {why}\n")
+        assert http.get("/v1/run").json()["waiting_for"] == why
+        clients = http.get("/v1/clients").json()
+        assert [client["away_because"] for client in clients] == ["", "the battery is low"]
+        assert [client["connected"] for client in clients] == [True, False]
+
+        sessions[1] = join(channel, server.spec, "b", StepKey(0, 0))
+        assert http.get("/readyz").text == "ok\n"
+        clients = http.get("/v1/clients").json()
+        assert [client["away_because"] for client in clients] == ["", ""]
+        assert [client["resumed"] for client in clients] == [0, 1]
+
+
+def test_a_run_whose_disk_is_full_is_not_ready_and_goes_on_once_there_is_room(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lesft.files._ROOM_PAUSE_SECONDS", 0.02)
+    with (
+        serving(model, tmp_path, clients=1, heartbeat_seconds=0.05) as (server, http),
+        raw_channel(server.grpc) as channel,
+    ):
+        ledger, full = server.engine.journal.ledger, threading.Event()
+        append = ledger.append
+
+        def try_to_append(entries: Sequence[Entry]) -> None:
+            if full.is_set():
+                raise OSError(errno.ENOSPC, "No space left on device")
+            append(entries)
+
+        monkeypatch.setattr(ledger, "append", try_to_append)
+        full.set()
+        session = join(channel, server.spec, "a")
+        session.send(*step_messages(one_sample(StepKey(0, 0))))
+        why = f"no room on disk for {tmp_path}: free some, training goes on by itself"
+        wait_until(lambda: session.receive_heartbeat() == why)
+        response = http.get("/readyz")
+        assert (response.status_code, response.text) == (503, f"waiting for {why}\n")
+        full.clear()
+        assert session.receive_step().round == 0
+        assert http.get("/readyz").text == "ok\n"
+
+
+# ---------------------------------------------------------------------- orders to the run
+
+
+def one_sample(key: StepKey) -> MicroBatch:
+    return make_batch(key, (7,), (8,), (3,))
+
+
+def order(http: httpx.Client, name: str) -> dict[str, Any]:
+    """Give an order twice, which must be as good as once; the run as the answer has it."""
+    first, second = (http.post(f"/v1/{name}") for _ in range(2))
+    assert (first.status_code, second.status_code) == (200, 200)
+    body: dict[str, Any] = second.json()
+    return body
+
+
+def test_a_paused_run_takes_no_step_until_it_is_resumed(model: Path, tmp_path: Path) -> None:
+    with (
+        serving(model, tmp_path, clients=1, heartbeat_seconds=0.05) as (server, http),
+        raw_channel(server.grpc) as channel,
+    ):
+        session = join(channel, server.spec, "a")
+        paused = "the server's operator, who has paused the run"
+        assert order(http, "pause") == run_body(
+            server, state="training", waiting_for=paused, paused=True, clients_joined=1
+        )
+        session.send(*step_messages(one_sample(StepKey(0, 0))))
+        wait_until(lambda: session.receive_heartbeat() == paused)
+        assert server.engine.run.steps == 0
+        assert order(http, "resume")["paused"] is False
+        assert session.receive_step().round == 0
+        assert http.get("/v1/run").json()["steps_applied"] == 1
+
+
+def rounds_with_checkpoint(channel: grpc.Channel, server: RunningServer) -> list[list[bool]]:
+    """Train a client to the end; what each answer says of a checkpoint."""
+    session = join(channel, server.spec, "a")
+    flags = []
+    for round_index in range(server.spec.rounds):
+        for micro in range(server.spec.accumulation):
+            session.send(*step_messages(one_sample(StepKey(round_index, micro))))
+        flags.append([session.receive_step().checkpoint for _ in range(server.spec.accumulation)])
+    return flags
+
+
+def test_checkpoints_are_taken_with_each_aggregation_and_when_an_operator_asks(
+    model: Path, tmp_path: Path
+) -> None:
+    options = {"clients": 1, "rounds": 4, "aggregation_interval": 4}
+    none, at_the_end = [False, False], [False, True]
+    for asked, rounds in ((False, [none] * 3), (True, [at_the_end, none, none])):
+        with (
+            serving(model, tmp_path / str(asked), **options) as (server, http),
+            raw_channel(server.grpc) as channel,
+        ):
+            if asked:
+                order(http, "checkpoint")
+            assert rounds_with_checkpoint(channel, server) == [*rounds, at_the_end]
+
+
+def test_an_operator_stops_the_run_after_its_round_and_it_goes_on_from_there(
+    model: Path, tmp_path: Path
+) -> None:
+    options = {"clients": 1, "rounds": 3, "aggregation_interval": 3}
+    reason = (
+        "its operator stopped it after round 1; start server and clients again with the same "
+        "--state to go on"
     )
-    assert [client["connected"] for client in http.get("/v1/clients").json()] == [False, False]
-    response = http.get("/healthz")
-    assert (response.status_code, response.text) == (200, "ok\n")
+    with (
+        serving(model, tmp_path, **options) as (server, http),
+        raw_channel(server.grpc) as channel,
+    ):
+        session = join(channel, server.spec, "a")
+        session.send(*step_messages(one_sample(StepKey(0, 0))))
+        session.receive_step()
+        order(http, "stop")
+        session.send(*step_messages(one_sample(StepKey(0, 1))))
+        assert session.receive_step().checkpoint
+        session.send(*step_messages(one_sample(StepKey(1, 0))))
+        assert session.refusal() == refusal(RunStopped, f"the run has ended: {reason}")
+        assert http.get("/v1/run").json()["reason"] == reason
+    with (
+        serving(model, tmp_path, **options) as (server, http),
+        raw_channel(server.grpc) as channel,
+    ):
+        body = http.get("/v1/run").json()
+        assert (body["state"], body["rounds_done"], body["steps_applied"]) == ("training", 1, 2)
+        session = join(channel, server.spec, "a", StepKey(1, 0))
+        session.send(*step_messages(one_sample(StepKey(1, 0))))
+        assert session.receive_step().round == 1
 
 
 WRONG_REQUESTS = {
@@ -190,6 +372,10 @@ WRONG_REQUESTS = {
     "a negative number": (
         ("GET", "/v1/rounds?first=-1"),
         (422, "InvalidInput", "first: Input should be greater than or equal to 0, got '-1'"),
+    ),
+    "an order by GET": (
+        ("GET", "/v1/stop"),
+        (405, "InvalidInput", "GET /v1/stop: Method Not Allowed; /openapi.json lists every path"),
     ),
     "a method that is not there": (
         ("POST", "/v1/run"),
@@ -220,6 +406,7 @@ def test_the_description_lists_every_path(http: httpx.Client) -> None:
     assert set(http.get("/openapi.json").json()["paths"]) == {
         *("/healthz", "/readyz", "/metrics"),
         *("/v1/run", "/v1/clients", "/v1/rounds"),
+        *("/v1/pause", "/v1/resume", "/v1/checkpoint", "/v1/stop", "/v1/clients/{client_id}"),
     }
 
 

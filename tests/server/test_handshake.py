@@ -8,15 +8,14 @@ import grpc
 import pytest
 from grpc import StatusCode
 
-from lesft.errors import AlreadyJoined, HandshakeMismatch, InvalidInput, OutOfOrder, RunStopped
+from lesft.errors import AlreadyJoined, HandshakeMismatch, InvalidInput, OutOfOrder
+from lesft.micro_batch import StepKey
 from lesft.spec import LoraSpec
 from lesft.spec_messages import lora_to_message, spec_from_message
-from lesft.v1 import run_pb2
+from lesft.v1 import run_pb2, training_pb2
 from lesft.v1.training_pb2 import TrainRequest
 from tests.harness import (
     RunningServer,
-    limits_of,
-    open_session,
     random_samples,
     running_server,
     server_settings,
@@ -29,9 +28,8 @@ from tests.server.harness import (
     held_out_messages,
     join,
     leaving,
+    next_of,
     opening,
-    random_path,
-    random_targets,
     raw_channel,
     snapshot,
     train_to_the_end,
@@ -42,7 +40,8 @@ from tests.server.harness import (
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A server that waits for its two clients; tests leave it so."""
     state = tmp_path_factory.mktemp("state")
-    with running_server(server_settings(model, state, clients=2, threads=1)) as running:
+    settings = server_settings(model, state, clients=2, batch_size=2, threads=1)
+    with running_server(settings) as running:
         yield running
 
 
@@ -60,6 +59,15 @@ def invalid(message: str) -> Refusal:
     return Refusal(StatusCode.INVALID_ARGUMENT, InvalidInput, message)
 
 
+def too_many(names: str) -> Refusal:
+    return Refusal(
+        StatusCode.ALREADY_EXISTS,
+        AlreadyJoined,
+        f"clients: the run has its 2 clients already ({names}); use one of those names to come "
+        "back as it",
+    )
+
+
 def lora(**changes: Any) -> run_pb2.LoraSpec:
     return lora_to_message(LoraSpec(dropout=0.0).model_copy(update=changes))
 
@@ -70,12 +78,16 @@ CLIENT_ID_RULE = "client_id must be 1 to 64 letters, digits, '.', '_' or '-', go
 
 REFUSED: dict[str, tuple[dict[str, Any], Refusal]] = {
     "a newer protocol": (
-        {"protocol_version": 2},
-        mismatch("protocol_version: server 1, client 2; install the same LESFT on both sides"),
+        {"protocol_version": 3},
+        mismatch("protocol_version: server 2, client 3; install the same LESFT on both sides"),
+    ),
+    "an older protocol": (
+        {"protocol_version": 1},
+        mismatch("protocol_version: server 2, client 1; install the same LESFT on both sides"),
     ),
     "no protocol": (
         {"protocol_version": 0},
-        mismatch("protocol_version: server 1, client 0; install the same LESFT on both sides"),
+        mismatch("protocol_version: server 2, client 0; install the same LESFT on both sides"),
     ),
     "an empty client id": ({"client_id": ""}, invalid(f"{CLIENT_ID_RULE} ''")),
     "a client id with a space": ({"client_id": "a b"}, invalid(f"{CLIENT_ID_RULE} 'a b'")),
@@ -167,11 +179,15 @@ REFUSED: dict[str, tuple[dict[str, Any], Refusal]] = {
             "gradient_encoding: server raw, client 3; leave the client's gradient_encoding out"
         ),
     ),
-    "finished rounds": (
-        {"rounds_completed": 1},
+    "an instance id of 65 letters": (
+        {"instance_id": "x" * 65},
+        invalid("instance_id must have at most 64 characters, got 65"),
+    ),
+    "checkpoints of rounds that the server has not done": (
+        {"checkpoint_rounds": [1, 2]},
         mismatch(
-            "rounds_completed: server 0, client 1; this server starts the run from its first "
-            "round; start the client with an empty --state"
+            "checkpoint_rounds: server 0 to 0, client 1,2; give the client, or the server, the "
+            "--state that it had before, or start everybody anew with --fresh"
         ),
     ),
 }
@@ -190,15 +206,13 @@ def test_an_opening_that_differs_is_refused_by_name_and_a_right_client_can_still
 
     assert server.engine.run.members == {}
     assert_serving(server)
-    stream, close = open_session(server.grpc, limits_of(server.spec), client_id="a")
-    try:
-        assert stream.spec == server.spec
-        scores = stream.score(random_path((7,), seed=3), random_targets((3,)))
-        stream.leave("")
-    finally:
-        close()
-    assert len(scores) == 1
-    assert scores[0] > 0
+    right = join(channel, server.spec, "a", instance_id="x" * 64)
+    right.send(*held_out_messages())
+    scores = right.receive().held_out.nll_sums
+    assert len(scores) == 2
+    assert min(scores) > 0
+    right.send(leaving())
+    assert right.rest() == []
     assert server.engine.run.members == {}
     assert_unchanged(server, before)
 
@@ -222,7 +236,8 @@ def test_the_right_opening_is_answered_with_the_spec(
     session.send(opening(server.spec, "a"))
     opened = session.receive().opened
     assert spec_from_message(opened.spec) == server.spec
-    assert opened.next_round == 0
+    assert (next_of(opened), opened.course) == (StepKey(0, 0), training_pb2.COURSE_GO_BACK)
+    assert opened.heartbeat_seconds == 5
     session.send(leaving())
     assert session.rest() == []
 
@@ -294,10 +309,8 @@ def test_a_taken_name_and_a_client_too_many_are_refused_and_the_run_trains_to_it
         train_to_the_end(server, model, [random_samples(3, 1), random_samples(5, 2)])
         assert [record.round for record in server.engine.run.rounds] == [0, 1]
         late = RawSession(channel)
-        late.send(opening(server.spec, "client-0"))
-        assert late.refusal() == Refusal(
-            StatusCode.ABORTED, RunStopped, "the run has ended: all its rounds are done"
-        )
+        late.send(opening(server.spec, "client-2", checkpoint_rounds=[2]))
+        assert late.refusal() == too_many("client-0, client-1")
         assert_serving(server)
 
 
@@ -311,11 +324,7 @@ def test_a_client_too_many_is_refused_in_mid_run(model: Path, tmp_path: Path) ->
         sessions = [join(channel, server.spec, name) for name in ("b", "a")]
         third = RawSession(channel)
         third.send(opening(server.spec, "c"))
-        assert third.refusal() == Refusal(
-            StatusCode.ALREADY_EXISTS,
-            AlreadyJoined,
-            "clients: the run has its 2 clients already (a, b)",
-        )
+        assert third.refusal() == too_many("a, b")
         for session in sessions:
             session.send(*held_out_messages())
             assert len(session.receive().held_out.nll_sums) == 2

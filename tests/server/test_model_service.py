@@ -14,6 +14,7 @@ from safetensors.torch import load, load_file
 
 from lesft.bundle import CHUNK_BYTES
 from lesft.errors import HandshakeMismatch, InvalidInput, LesftError, status_of
+from lesft.spec import PROTOCOL_VERSION
 from lesft.spec_messages import spec_from_message
 from lesft.v1 import model_pb2, model_pb2_grpc
 from tests.harness import RunningServer, running_server, save_tiny_model, server_settings
@@ -43,7 +44,7 @@ def stub(server: RunningServer) -> Iterator[model_pb2_grpc.ModelServiceStub]:
 
 
 def describe(stub: model_pb2_grpc.ModelServiceStub) -> model_pb2.DescribeRunResponse:
-    return stub.DescribeRun(model_pb2.DescribeRunRequest(protocol_version=1))
+    return stub.DescribeRun(model_pb2.DescribeRunRequest(protocol_version=PROTOCOL_VERSION))
 
 
 def fetch(
@@ -75,7 +76,7 @@ def test_the_description_is_the_runs(
     assert description.front_bytes == len(whole_front(stub))
 
 
-@pytest.mark.parametrize("version", [0, 2])
+@pytest.mark.parametrize("version", [0, 1, 3])
 def test_another_protocol_version_is_refused(
     version: int, stub: model_pb2_grpc.ModelServiceStub
 ) -> None:
@@ -83,7 +84,7 @@ def test_another_protocol_version_is_refused(
         stub.DescribeRun(model_pb2.DescribeRunRequest(protocol_version=version))
     assert refusal_of(caught.value) == refused(
         HandshakeMismatch,
-        f"protocol_version: server 1, client {version}; install the same LESFT on both sides",
+        f"protocol_version: server 2, client {version}; install the same LESFT on both sides",
     )
 
 

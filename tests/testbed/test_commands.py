@@ -20,6 +20,9 @@ SETTINGS = RunSettings(
     batch_size=3,
     aggregation_interval=5,
     max_length=99,
+    mode="deadline",
+    quorum=1,
+    deadline_seconds=7.5,
     seed=11,
     activation_encoding="bf16",
     gradient_encoding="bf16",
@@ -68,10 +71,11 @@ def test_the_server_is_told_every_option_of_the_run() -> None:
     assert (server.listen, server.control) == ("127.0.0.1:0", "127.0.0.1:0")
 
 
-def test_the_aggregator_is_told_the_run_and_its_number_of_clients() -> None:
+def test_the_aggregator_is_told_the_run_its_number_of_clients_and_its_deadline() -> None:
     _, *argv = aggregator_command(SETTINGS, Path("state"))
     aggregator = load_settings(AggregatorSettings, "lesft-aggregator", argv)
     assert (aggregator.run_id, aggregator.clients) == ("trial", 3)
+    assert (aggregator.quorum, aggregator.deadline_seconds) == (1, 7.5)
     assert (aggregator.listen, aggregator.control) == ("127.0.0.1:0", "127.0.0.1:0")
 
 

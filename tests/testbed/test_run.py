@@ -142,8 +142,7 @@ def test_when_one_client_dies_the_testbed_names_it_and_ends_all_others(
     expected = f"lesft-testbed: client-1 was ended by signal SIGKILL; the end of {log}:"
     assert expected in process.lines
     assert "Traceback" not in process.output
-    # The others were told who it was, by the server.
-    assert "client 'client-1' left at round" in (output / "client-0.log").read_text()
+    assert "client-1 is away at round" in (output / "server.log").read_text()
 
 
 def test_ctrl_c_ends_all_services_and_says_so(model: Path, data: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from lesft.errors import InvalidInput
+from lesft.errors import BundleError, InvalidInput
 from lesft.optimizer import Optimizer, learning_rate_factor
 from lesft.spec import OptimizerSpec
 
@@ -108,6 +108,68 @@ def test_a_side_that_got_no_gradient_stays_as_it_is() -> None:
     parameter, optimizer = one_parameter([2.0], weight_decay=0.5)
     assert optimizer.step() == 0.0
     assert parameter.tolist() == [2.0]
+
+
+def test_a_dropped_gradient_is_not_used() -> None:
+    parameter, optimizer = one_parameter([0.0])
+    parameter.grad = torch.tensor([1.0])
+    optimizer.drop_gradients()
+    assert parameter.grad is None
+    assert optimizer.steps == 0
+
+
+# ---------------------------------------------------------------------- going on from a state
+
+
+def test_a_state_goes_on_with_the_steps_the_moments_and_the_schedule() -> None:
+    """See tests/model/test_training_state.py for whole parts of a model."""
+    options: dict[str, Any] = {"schedule": "linear", "warmup_rounds": 2, "weight_decay": 0.5}
+    parameter, optimizer = one_parameter([2.0, -1.0], **options)
+    for gradient in ([0.5, 1.0], [-0.25, 3.0], [0.1, 0.2]):
+        take_step(parameter, optimizer, gradient)
+    state = optimizer.state({"x": parameter})
+    assert state.keys() == {"optimizer.steps", "exp_avg.x", "exp_avg_sq.x"}
+    assert state["optimizer.steps"].tolist() == [3]
+
+    resumed, its_optimizer = one_parameter(parameter.tolist(), **options)
+    its_optimizer.load_state({"x": resumed}, state)
+    assert its_optimizer.steps == 3
+    for gradient in ([1.0, 0.0], [2.0, -1.0], [0.5, 0.5]):
+        take_step(parameter, optimizer, gradient)
+        take_step(resumed, its_optimizer, gradient)
+        assert torch.equal(resumed, parameter)
+    # Bit for bit, AdamW's own count of steps included: it corrects the moments' bias with it.
+    ours, theirs = adamw(its_optimizer).state[resumed], adamw(optimizer).state[parameter]
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert ours[name].dtype == theirs[name].dtype
+        assert torch.equal(ours[name], theirs[name])
+
+
+def test_before_the_first_step_a_state_holds_no_moments_and_forgets_those_there_are() -> None:
+    parameter, optimizer = one_parameter([1.0])
+    state = optimizer.state({"x": parameter})
+    assert {name: tensor.tolist() for name, tensor in state.items()} == {"optimizer.steps": [0]}
+    take_step(parameter, optimizer, [1.0])
+    parameter.grad = torch.tensor([5.0])
+    optimizer.load_state({"x": parameter}, state)
+    assert optimizer.steps == 0
+    assert parameter.grad is None
+    assert not adamw(optimizer).state
+
+
+def test_a_state_of_another_shape_is_refused_and_changes_nothing() -> None:
+    parameter, optimizer = one_parameter([1.0, 2.0])
+    other, its_optimizer = one_parameter([1.0])
+    take_step(parameter, optimizer, [1.0, 1.0])
+    take_step(other, its_optimizer, [1.0])
+    before = optimizer.state({"x": parameter})
+    parameter.grad = torch.tensor([3.0, 4.0])
+    with pytest.raises(BundleError, match=r"'exp_avg.x' must have shape \[2\], got \[1\]"):
+        optimizer.load_state({"x": parameter}, its_optimizer.state({"x": other}))
+    after = optimizer.state({"x": parameter})
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert parameter.grad.tolist() == [3.0, 4.0]
 
 
 # ---------------------------------------------------------------------- gradients not finite

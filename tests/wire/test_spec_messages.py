@@ -40,6 +40,9 @@ OTHER = RunSpec(
     aggregation_interval=13,
     max_length=4097,
     seed=2**63 - 1,
+    mode="deadline",
+    quorum=3,
+    deadline_seconds=0.5,
     activation_encoding="bf16",
     gradient_encoding="bf16",
     lora=LoraSpec(rank=3, alpha=0.1, dropout=0.3, target_modules=("q_proj", "v_proj")),
@@ -106,13 +109,13 @@ def test_every_choice_of_a_spec_is_a_choice_of_its_message(model: type[BaseModel
         choices = {prefix + choice.upper() for choice in get_args(annotation)}
         assert names == {f"{prefix}UNSPECIFIED", *choices}
         checked += 1
-    expected = {RunSpec: 2, LoraSpec: 0, LossSpec: 2, OptimizerSpec: 1}
+    expected = {RunSpec: 3, LoraSpec: 0, LossSpec: 2, OptimizerSpec: 1}
     assert checked == expected[model]
 
 
 def test_the_other_spec_differs_from_the_plain_one_in_every_field() -> None:
     plain, other = fields_of(PLAIN), fields_of(OTHER)
-    assert len(plain) == len(other) == 32
+    assert len(plain) == len(other) == 35
     assert [name for name in plain if plain[name] == other[name]] == []
 
 

@@ -142,6 +142,13 @@ def test_a_result_comes_back_as_it_was(encoding: Encoding, reference: bool) -> N
     assert back.class_counts == (2, 3, 0)
 
 
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_a_result_says_whether_a_checkpoint_is_due(checkpoint: bool) -> None:
+    header, data = result_to_message(replace(make_result(), checkpoint=checkpoint), "raw")
+    header = training_pb2.StepResult.FromString(header.SerializeToString())
+    assert result_from_message(header, data, make_batch(), limits()).checkpoint is checkpoint
+
+
 def test_a_result_without_classes_has_no_counts() -> None:
     header, data = result_to_message(replace(make_result(), class_counts=None), "raw")
     assert list(header.class_counts) == []

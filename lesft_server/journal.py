@@ -1,0 +1,93 @@
+"""What the server must not lose: the ledger of its answers and its checkpoints, in step.
+
+All writing happens on one thread of its own, in the order it was asked for, beside the device's
+thread: the next step runs while the answers of the one before are written.
+"""
+
+import asyncio
+import json
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from lesft.checkpoints import Checkpoint, CheckpointStore
+from lesft.files import when_there_is_room, write_atomically
+from lesft_server.ledger import Entry, Ledger
+
+CHECKPOINTS_FOLDER = "checkpoints"
+DROPPED_FILE = "dropped.json"
+LEDGER_FOLDER = "ledger"
+
+T = TypeVar("T")
+
+
+class Journal:
+    """Ledger and checkpoints of one run in one state folder."""
+
+    def __init__(self, state: Path, run_fingerprint: str, on_wait: Callable[[str], None]) -> None:
+        """`on_wait` hears, on another thread, why writing has to wait, and "" when it goes on.
+
+        Raises InvalidInput when the folder holds another run.
+        """
+        self._state = state
+        self._on_wait = on_wait
+        self._closing = threading.Event()
+        self._store = CheckpointStore(state / CHECKPOINTS_FOLDER, run_fingerprint)
+        rounds = self._store.rounds()
+        self.newest = self._store.load(rounds[-1]) if rounds else None
+        """The checkpoint to go on from; None for a new run."""
+        self.ledger = Ledger(state / LEDGER_FOLDER, self.newest.round if self.newest else 0)
+        dropped = state / DROPPED_FILE
+        self.dropped: list[str] = json.loads(dropped.read_text()) if dropped.exists() else []
+        """The clients that an operator has dropped."""
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
+
+    async def append(self, make_entries: Callable[[], Sequence[Entry]]) -> None:
+        """Keep the answers of a step; they are made on the journal's thread."""
+
+        def job() -> None:
+            entries = make_entries()
+            self._with_room(lambda: self.ledger.append(entries))
+
+        await self._run(job)
+
+    async def checkpoint(self, checkpoint: Checkpoint, and_write: Callable[[], None]) -> None:
+        """Keep a checkpoint and begin the ledger's next window; `and_write` goes before."""
+
+        def job() -> None:
+            self._with_room(and_write)
+            self._with_room(self.ledger.close_window)
+            self._with_room(lambda: self._store.save(checkpoint))
+            self._with_room(lambda: self.ledger.open_window(checkpoint.round))
+
+        await self._run(job)
+
+    async def drop(self, client_id: str) -> None:
+        """Keep for good that an operator has dropped a client."""
+        self.dropped = sorted({*self.dropped, client_id})
+        data = json.dumps(self.dropped).encode()
+        await self._run(lambda: write_atomically(self._state / DROPPED_FILE, data))
+
+    def close(self) -> None:
+        """Finish what is being written and drop the rest."""
+        self._closing.set()
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        self.ledger.close()
+
+    async def _run(self, job: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, job)
+
+    def _with_room(self, write: Callable[[], None]) -> None:
+        when_there_is_room(
+            write, self._state, self._on_wait, go_on=lambda: not self._closing.is_set()
+        )
+
+
+def drop_journal(state: Path) -> None:
+    """Forget what an earlier run left in a state folder."""
+    for name in (CHECKPOINTS_FOLDER, LEDGER_FOLDER):
+        shutil.rmtree(state / name, ignore_errors=True)
+    (state / DROPPED_FILE).unlink(missing_ok=True)
