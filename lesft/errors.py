@@ -117,9 +117,15 @@ def status_of(error: LesftError) -> Status:
 
 
 def error_for(name: str | None, code: StatusCode) -> type[LesftError]:
-    """The error class for a class name as it crossed the wire, or else for the bare status."""
+    """The error class for a class name as it crossed the wire, or else for the bare status.
+
+    Our own services name their internal errors: one without a name comes from a connection that
+    was cut or a proxy on the way.
+    """
     if name in _BY_NAME:
         return _BY_NAME[name]
+    if name is None and code in (StatusCode.UNKNOWN, StatusCode.INTERNAL):
+        return Unreachable
     return _BY_CODE.get(code, InternalError)
 
 

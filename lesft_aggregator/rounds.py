@@ -20,9 +20,10 @@ from lesft.errors import (
     LesftError,
     NotFound,
     OutOfOrder,
-    RunStopped,
     StaleVersion,
+    Unreachable,
 )
+from lesft.files import when_there_is_room
 from lesft_aggregator.adapters import check_layout, read_layout
 from lesft_aggregator.admission import Introduction, check_introduction, check_protocol
 from lesft_aggregator.mean import weighted_mean
@@ -97,6 +98,8 @@ class Rounds:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._ended: LesftError | None = None
+        self.obstacle = ""
+        """Why nothing can be kept at the moment: a full disk."""
         self.current = Round(store.version())
 
     @property
@@ -139,7 +142,7 @@ class Rounds:
     def check(self, client: Introduction, base_version: int) -> None:
         """Refuse a submission that cannot be accepted whatever its bytes are.
 
-        Raises InvalidInput, HandshakeMismatch, StaleVersion, OutOfOrder or RunStopped.
+        Raises InvalidInput, HandshakeMismatch, StaleVersion, OutOfOrder or Unreachable.
         """
         self._check_introduction(client)
         if base_version > self.version:
@@ -173,7 +176,7 @@ class Rounds:
             self.check(client, base_version)
             known = self._store.submission(base_version, client.client_id)
             if known is None:
-                await asyncio.to_thread(self._keep, client, base_version, data)
+                await self._when_there_is_room(lambda: self._keep(client, base_version, data))
             else:
                 await asyncio.to_thread(_check_repeat, known, client, data)
             received = self._store.submissions(base_version)
@@ -199,7 +202,7 @@ class Rounds:
         """A published version, as soon as it is.
 
         Raises InvalidInput for version 0, NotFound for one beyond the round that is open,
-        RunStopped or InternalError when no round goes on any more.
+        Unreachable or InternalError when no round goes on any more.
         """
         if version < 1:
             raise InvalidInput(f"version must be at least 1, got {version}: 0 was never averaged")
@@ -217,10 +220,13 @@ class Rounds:
         return adapter
 
     async def stop(self, reason: str) -> None:
-        """End all waiting with RunStopped, let an averaging under way finish."""
+        """End all waiting with Unreachable, let an averaging under way finish.
+
+        The clients try again until the aggregator is started again.
+        """
         if self._timer is not None:
             self._timer.cancel()
-        await self._end(RunStopped(reason))
+        await self._end(Unreachable(reason))
         while self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -277,7 +283,7 @@ class Rounds:
             self._timer = None
         start = time.monotonic()
         try:
-            adapter = await asyncio.to_thread(self._publish, version, parts)
+            adapter = await self._when_there_is_room(lambda: self._publish(version, parts))
         except Exception:
             log.exception("averaging version %d failed", version)
             message = f"averaging version {version} failed; the aggregator's log has the details"
@@ -296,6 +302,14 @@ class Rounds:
         weights = [part.num_samples for part in parts]
         mean = weighted_mean(zip(files, weights, strict=True))
         return self._store.publish(version, parts, save(mean))
+
+    async def _when_there_is_room(self, write: Callable[[], T]) -> T:
+        """Everything waits while the disk is full, and goes on by itself."""
+        state, go_on = self._settings.state, lambda: self._ended is None
+        return await asyncio.to_thread(when_there_is_room, write, state, self._note_wait, go_on)
+
+    def _note_wait(self, reason: str) -> None:
+        self.obstacle = reason
 
     async def _end(self, error: LesftError) -> None:
         async with self._changed:

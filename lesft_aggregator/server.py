@@ -28,7 +28,7 @@ class Aggregator:
         """Opens the state folder. Raises InvalidInput; see `Store`."""
         self._settings = settings
         self._metrics = Metrics()
-        self._store = Store(settings.state, settings.run_id)
+        self._store = Store(settings.state, settings.run_id, settings.fresh)
         self.rounds = Rounds(self._store, settings, self._metrics.published)
         self._metrics.version.set(self.rounds.version)
         app = make_app(self.rounds, self._store, settings, self._metrics)

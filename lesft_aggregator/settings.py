@@ -20,6 +20,9 @@ class AggregatorSettings(ServiceSettings):
         False, description="Allow unencrypted traffic beyond this machine: anyone may read it."
     )
     state: Path = Field(description="Folder for submissions, averaged adapters and the database.")
+    fresh: bool = Field(
+        False, description="Drop what an earlier run left in --state and start anew."
+    )
     run_id: str = Field("lesft", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Name of the run.")
     clients: int = Field(ge=1, description="Number of clients that take part in each round.")
     quorum: int = Field(

@@ -5,16 +5,18 @@ acknowledged; so a row without a file cannot be, and a file without a row is the
 and is removed when the store is opened.
 """
 
+import errno
 import hashlib
 import os
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import create_engine, event, func, select
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.orm import Session
 
 from lesft.errors import InvalidInput
@@ -31,8 +33,10 @@ class Store:
     Reading is safe from any thread; the caller sees to it that one thread writes at a time.
     """
 
-    def __init__(self, state: Path, run_id: str) -> None:
+    def __init__(self, state: Path, run_id: str, fresh: bool = False) -> None:
         """Open the folder, or make it, and clear away what a crash left half done.
+
+        `fresh` drops what an earlier run left there.
 
         Raises InvalidInput when the folder is in use, belongs to another run or has lost files.
         """
@@ -41,6 +45,8 @@ class Store:
         for folder in (state, self._submissions, self._adapters):
             folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(state, "--state", "aggregator")
+        if fresh:
+            _drop(state, self._submissions, self._adapters)
         self._engine = create_engine(f"sqlite:///{state / DATABASE_FILE}")
         event.listen(self._engine, "connect", _set_pragmas)
         try:
@@ -125,7 +131,7 @@ class Store:
         nothing has changed then.
         """
         write_atomically(self.submission_path(base_version, client_id), data)
-        with self._session() as session, session.begin():
+        with _full_disk_as_oserror(), self._session() as session, session.begin():
             _remember(session, client_id, num_samples)
             run = session.scalars(select(Run)).one()
             run.layout = run.layout or dict(layout)
@@ -141,7 +147,10 @@ class Store:
             )
 
     def publish(self, version: int, averaged: Sequence[Submission], data: bytes) -> Adapter:
-        """Keep a new version; the submissions that it averages lose their files afterwards."""
+        """Keep a new version; the submissions that it averages lose their files afterwards.
+
+        Raises OSError when the disk does not take it; nothing has changed then.
+        """
         adapter = Adapter(
             version=version,
             client_ids=[part.client_id for part in averaged],
@@ -152,7 +161,7 @@ class Store:
             created=time.time(),
         )
         write_atomically(self.adapter_path(version), data)
-        with self._session() as session, session.begin():
+        with _full_disk_as_oserror(), self._session() as session, session.begin():
             session.add(adapter)
         for part in averaged:
             self.submission_path(part.base_version, part.client_id).unlink(missing_ok=True)
@@ -191,12 +200,28 @@ class Store:
                 path.unlink()
 
 
+def _drop(state: Path, *folders: Path) -> None:
+    for path in [*state.glob(f"{DATABASE_FILE}*"), *(p for f in folders for p in f.iterdir())]:
+        path.unlink()
+
+
 def _remember(session: Session, client_id: str, num_samples: int) -> None:
     client = session.get(Client, client_id)
     if client is None:
         session.add(Client(client_id=client_id, num_samples=num_samples, joined=time.time()))
     else:
         client.num_samples = num_samples
+
+
+@contextmanager
+def _full_disk_as_oserror() -> Iterator[None]:
+    """SQLite's word for it in the operating system's."""
+    try:
+        yield
+    except OperationalError as error:
+        if "disk is full" not in str(error.orig):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
 
 
 def _set_pragmas(connection: Any, _: Any) -> None:

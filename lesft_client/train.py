@@ -151,7 +151,7 @@ class TrainCommand:
     ) -> Turn | None:
         """Join both services and restore what was kept; returns where the server wants us."""
         kept = checkpoints.rounds()
-        version = averaging.join()
+        averaging.join()
         turn = link.open()
         if kept:
             begin = kept[-1] if isinstance(turn, Rejoin) else turn.round
@@ -162,7 +162,6 @@ class TrainCommand:
         if isinstance(turn, Rejoin):
             self._display.say(f"joined at round {turn.round + 1} of {spec.rounds}")
             return turn
-        self._status.adapter_version = version
         link.resume(turn.round)
         if spec.clients > 1:
             self._display.say(f"joined; the run begins when all its {spec.clients} clients have")

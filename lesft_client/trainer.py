@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from lesft.errors import StaleVersion
+from lesft.errors import HandshakeMismatch, StaleVersion
 from lesft.micro_batch import StepKey, StepResult
 from lesft.spec import RunSpec
 from lesft_client.back import BackLink, Rejoin, Turn
@@ -194,9 +194,15 @@ class Trainer:
         self._back.resume(round_index)
         self._front.drop_gradients()
         before, now = (self._spec.aggregations_before(r) for r in (self.round, round_index))
+        if now < before:
+            raise HandshakeMismatch(
+                f"round: the others go on at round {round_index}, this client stands at "
+                f"{self.round} and has no checkpoint of theirs; start it anew with --fresh"
+            )
         if now > before:
             self._take_average(self._status.adapter_version + now - before)
         losses = self._status.loss_by_round
+        del losses[round_index:]
         losses += [None] * (round_index - len(losses))
         self.round = round_index
 

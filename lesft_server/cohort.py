@@ -8,7 +8,7 @@ import asyncio
 import enum
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 from lesft.back import Back
 from lesft.checkpoints import Checkpoint
 from lesft.cohort_batch import Part
-from lesft.errors import LeftBehind, LesftError, OutOfOrder, RunStopped
+from lesft.errors import LeftBehind, LesftError, OutOfOrder, RunStopped, Unreachable
 from lesft.files import write_atomically
 from lesft.micro_batch import MicroBatch, StepKey, StepResult
 from lesft.step_messages import result_to_message
@@ -79,6 +79,8 @@ class _Step:
         self.key = key
         self.state = StepState.COLLECTING
         self.parts: dict[str, _Part] = {}
+        self.shares: dict[str, float] = {}
+        """Of the clients in it, once it has begun."""
         self.timer: asyncio.TimerHandle | None = None
         self.deadline_passed = False
 
@@ -93,9 +95,9 @@ class Cohort:
 
     In lockstep these are all members. With a deadline they are, at the beginning of a round, all
     that took part in the round before or have connected since, and within a round all that take
-    part in it; once the deadline has passed a quorum of them suffices, and whoever is late rejoins at the
-    next round. Steps begin in the order of their keys. A part stays when its client goes away: the
-    step is taken without asking for it again, and the answer waits in the ledger.
+    part in it; once the deadline has passed a quorum of them suffices, and whoever is late rejoins
+    at the next round. Steps begin in the order of their keys. A part stays when its client goes
+    away: the step is taken without asking for it again, and the answer waits in the ledger.
     """
 
     def __init__(
@@ -112,7 +114,7 @@ class Cohort:
         self._window: list[tuple[Sequence[float], list[StepResult]]] = []
         self._window_start: float | None = None
         self._last_checkpoint = len(run.rounds)
-        self._taking_part: set[str] = set()
+        self._taking_part = set(run.members)
         """Clients whose parts were in the newest step."""
         self._missing: set[str] = set()
         """Connected clients that a round began without: one deadline a session is enough."""
@@ -179,11 +181,15 @@ class Cohort:
             key = key.following(self._run.spec.accumulation)
         return not self._is_out(client_id, key)
 
-    @property
     def rejoins_at(self) -> int | None:
-        """The round at which a client can rejoin that the others went on without."""
-        if self._run.spec.mode == "lockstep" or self._run.state is RunState.WAITING:
+        """The round at which a client can rejoin that the others went on without.
+
+        None in lockstep. Raises Unreachable before the run has begun.
+        """
+        if self._run.spec.mode == "lockstep":
             return None
+        if self._run.state is RunState.WAITING:
+            raise Unreachable("the run has not begun: there is nothing to rejoin yet")
         return self._to_begin.round + (self._to_begin.micro > 0)
 
     def welcome(self, client_id: str) -> None:
@@ -222,11 +228,14 @@ class Cohort:
     def _begin_what_is_complete(self) -> None:
         while self._run.state is RunState.TRAINING:
             step = self._steps.get(self._to_begin)
-            if step is None:
+            # A round begins when the one before is kept: its checkpoint is of that moment.
+            if step is None or (step.key.micro == 0 and step.key != self.next_key):
                 return
             members = self._run.members
             for name in step.parts.keys() - members.keys():
                 step.parts.pop(name)  # of a client that was dropped
+            if not step.parts:
+                return
             complete = self._expected(step.key) <= step.parts.keys()
             enough = len(step.parts) >= min(self._run.spec.required, len(members))
             if not enough or not (complete or step.deadline_passed):
@@ -235,8 +244,10 @@ class Cohort:
             self._begin(step)
 
     def _set_deadline(self, step: _Step) -> None:
-        """From the moment on that a step has a part and is the next to begin."""
-        if self._run.spec.mode == "deadline" and step.timer is None:
+        """From the moment on that a step waits for nothing but its parts."""
+        if self._run.spec.mode == "lockstep" or self._run.paused or step.key != self.next_key:
+            return
+        if step.timer is None:
             loop = asyncio.get_running_loop()
             step.timer = loop.call_later(self._run.spec.deadline_seconds, self._on_deadline, step)
 
@@ -244,6 +255,7 @@ class Cohort:
         """In a task of its own: the step must not end with the call of whoever came last."""
         self._drop_timer(step)
         step.move(StepState.STEPPING)
+        step.shares = self._run.shares(step.parts)
         late = self._expected(step.key) - step.parts.keys()
         if late:
             log.warning("%s begins without %s", step.key, ", ".join(sorted(late)))
@@ -283,7 +295,7 @@ class Cohort:
         try:
             await self._run.may_step()
             self._stop_if_asked(key)
-            await self._take_step(key, {name: part.request for name, part in step.parts.items()})
+            await self._take_step(step)
         except Exception as error:
             if not isinstance(error, LesftError):
                 log.exception("%s failed", key)
@@ -300,9 +312,11 @@ class Cohort:
             self._run.finish()
         elif self._run.stop_wanted:
             self.stop_after_round()
+        self._begin_what_is_complete()
 
-    async def _take_step(self, key: StepKey, requests: Mapping[str, Request]) -> None:
-        run, shares = self._run, self._run.shares(requests)
+    async def _take_step(self, step: _Step) -> None:
+        run, key, shares = self._run, step.key, step.shares
+        requests = {name: step.parts[name].request for name in shares}
         parts = [Part(name, requests[name].batch, share) for name, share in shares.items()]
 
         def train() -> tuple[list[StepResult], dict[str, torch.Tensor] | None]:

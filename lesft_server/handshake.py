@@ -65,15 +65,15 @@ def resume_point(
     can_go_on_at: Callable[[StepKey], bool],
     first_round: int,
     next_key: StepKey,
-    rejoins_at: int | None,
+    rejoins_at: Callable[[], int | None],
 ) -> ResumePoint:
     """Where a client goes on, on a server whose next step is `next_key`.
 
     `can_go_on_at` says whether the server has the client's answers from a key on, which it may have
     from `first_round` on. A client that stands where it can goes on there; one that stands
     elsewhere, or has just been started, goes to the newest of its checkpoints where it can. When
-    there is none it rejoins at the round `rejoins_at`, if the others go on without it. Else raises
-    HandshakeMismatch.
+    there is none it rejoins at the round that `rejoins_at` gives, if the others go on without it.
+    Else raises HandshakeMismatch.
     """
     if opening.HasField("position"):
         position = StepKey(opening.position.round, opening.position.micro)
@@ -83,8 +83,9 @@ def resume_point(
     usable = [r for r in checkpoints if can_go_on_at(StepKey(r, 0))]
     if usable:
         return ResumePoint(StepKey(max(usable), 0), training_pb2.COURSE_GO_BACK)
-    if rejoins_at is not None:
-        return ResumePoint(StepKey(rejoins_at, 0), training_pb2.COURSE_REJOIN)
+    round_index = rejoins_at()
+    if round_index is not None:
+        return ResumePoint(StepKey(round_index, 0), training_pb2.COURSE_REJOIN)
     theirs = ",".join(map(str, checkpoints))
     raise HandshakeMismatch(
         f"checkpoint_rounds: server {first_round} to {next_key.round}, client {theirs}; give the "

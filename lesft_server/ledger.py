@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 from google.protobuf.message import DecodeError
 
-from lesft.errors import OutOfOrder
+from lesft.errors import LeftBehind, OutOfOrder
 from lesft.files import sync_folder
 from lesft.micro_batch import StepKey
 from lesft.v1 import training_pb2
@@ -90,10 +90,15 @@ class Ledger:
         return place is not None
 
     def read(self, client_id: str, key: StepKey) -> tuple[training_pb2.StepResult, bytes]:
-        """The answer to a request that `find` has found."""
-        place = self._index[client_id, key]
+        """The answer to a request that `find` has found.
+
+        Raises LeftBehind when it was dropped meanwhile: the others are two windows ahead.
+        """
+        place = self._index.get((client_id, key))
         with self._lock:  # a file that is closed meanwhile may give its descriptor to another
-            file = self._files[place.window]
+            file = self._files.get(place.window) if place else None
+            if place is None or file is None:
+                raise LeftBehind(f"client {client_id!r} has not read its answers for two windows")
             size = place.header_bytes + place.bundle_bytes
             data = os.pread(file.fileno(), size, place.offset)
         header = training_pb2.StepResult.FromString(data[: place.header_bytes])
@@ -131,14 +136,14 @@ class Ledger:
 
     def open_window(self, round_index: int) -> None:
         """Begin a window and drop all but the one before it."""
-        for window in [window for window in self._files if window != self._window]:
+        self._open(round_index)  # first: it may fail and be tried again
+        kept = {self._window, round_index}
+        for window in self._files.keys() - kept:
             with self._lock:
                 self._files.pop(window).close()
             self._path(window).unlink()
-        kept = {self._window, round_index}
         self._index = {name: place for name, place in self._index.items() if place.window in kept}
         self._window = round_index
-        self._open(round_index)
 
     def close(self) -> None:
         """Let go of the files."""

@@ -198,7 +198,7 @@ class Run:
         member.away_because = reason or "it left"
         member.left = left
         if self.state is RunState.WAITING:
-            del self.members[name]
+            self.members.pop(name, None)  # it may just have been dropped
             log.info("%s left before the start: %s", name, member.away_because)
         elif self.state is RunState.TRAINING:
             waits = self.spec.mode == "lockstep"
@@ -298,6 +298,7 @@ class Run:
     def go_on(self) -> None:
         """Take steps again."""
         self._may_step.set()
+        self.on_change()
 
     async def may_step(self) -> None:
         """Wait while the run is paused."""

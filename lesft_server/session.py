@@ -31,7 +31,7 @@ MAX_HELD_OUT_WAITING = 8
 """Held-out requests of one session that may wait for their answers at once."""
 
 MAX_HEARTBEATS = 20
-"""Heartbeats that a client may send in the time of one: a flood is refused."""
+"""Heartbeats that a client may send in the time of one, beside late ones: a flood is refused."""
 
 _NO_LEAVE = "its stream ended without leave (was it stopped, or its connection cut?)"
 
@@ -177,9 +177,11 @@ class Session:
     def _receive_heartbeat(self) -> None:
         now, interval = time.monotonic(), self._engine.heartbeat_seconds
         self._heartbeats = [t for t in self._heartbeats if t > now - interval] + [now]
-        if len(self._heartbeats) > MAX_HEARTBEATS:
+        # After a cut that the connection has outlived, those of the meantime come all at once.
+        most = MAX_HEARTBEATS + int(2 * self._engine.stall_seconds / interval)
+        if len(self._heartbeats) > most:
             raise OutOfOrder(
-                f"at most {MAX_HEARTBEATS} heartbeats may come within {interval:g} s: one is enough"
+                f"at most {most} heartbeats may come within {interval:g} s: one is enough"
             )
 
     async def _next(self, requests: _Requests) -> training_pb2.TrainRequest:
@@ -294,6 +296,10 @@ class Session:
         known = isinstance(error, LesftError)
         reason = str(error) if known else "its call failed on the server; the log has the details"
         self._close(SessionState.LOST, reason, error)
+
+    def on_end(self, tell: Callable[[], object]) -> None:
+        """Call `tell` once the session has ended."""
+        self._end.add_done_callback(lambda _: tell())
 
     def close(self) -> None:
         """The call is over, for whatever reason; does nothing after a leave or a failure."""

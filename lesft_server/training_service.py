@@ -11,6 +11,9 @@ from lesft.v1 import training_pb2, training_pb2_grpc
 from lesft_server.handshake import check_opening
 from lesft_server.session import Engine, Session
 
+_GRACE_SECONDS = 5
+"""How long a call may take to end once its session has."""
+
 SERVICE_NAME = training_pb2.DESCRIPTOR.services_by_name["TrainingService"].full_name
 
 
@@ -29,6 +32,10 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
         requests = aiter(request_iterator)
         session = await self._open(requests)
         receiving = asyncio.create_task(session.receive(requests))
+        # A client that reads nothing must not keep its call for ever.
+        loop, call = asyncio.get_running_loop(), asyncio.current_task()
+        assert call is not None
+        session.on_end(lambda: loop.call_later(_GRACE_SECONDS, call.cancel))
         try:
             resumes_at = session.resumes_at
             yield training_pb2.TrainResponse(

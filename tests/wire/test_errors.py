@@ -99,12 +99,16 @@ BY_CODE = {
 def test_a_status_without_a_name_of_ours_has_an_error_too(
     name: str | None, code: StatusCode
 ) -> None:
-    assert error_for(name, code) is BY_CODE[code]
+    on_the_way = name is None and BY_CODE[code] is InternalError
+    on_the_way = on_the_way and code is not StatusCode.UNIMPLEMENTED
+    assert error_for(name, code) is (Unreachable if on_the_way else BY_CODE[code])
 
 
 def test_every_error_has_a_status_that_leads_back_to_it_or_to_one_of_the_same_status() -> None:
     for kind in KINDS:
-        back = error_for(None, STATUS[kind].grpc)
+        # An internal error without its name is taken for one of the connection.
+        name = kind.__name__ if kind is InternalError else None
+        back = error_for(name, STATUS[kind].grpc)
         assert STATUS[back].grpc is STATUS[kind].grpc
 
 
