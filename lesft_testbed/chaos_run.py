@@ -33,7 +33,7 @@ _STALLED_SECONDS = 300
 
 _ANSWER_SECONDS = 60
 
-_PORTS = range(20_000, 32_000)
+PORTS = range(20_000, 32_000)
 """Below those that systems give to outgoing connections: one of those could take a dead service's
 port before the service is back."""
 
@@ -290,11 +290,11 @@ def goal_steps(fault: Fault, rounds_done: int, settings: ChaosSettings) -> int:
     return min(past * settings.accumulation + 1, settings.rounds * settings.accumulation)
 
 
-def free_addresses(count: int) -> list[str]:
-    """Addresses of this machine that nobody listens on."""
+def free_addresses(count: int, ports: Sequence[int] = PORTS) -> list[str]:
+    """Addresses of this machine that nobody listens on, at some of these ports."""
     with ExitStack() as held:
         addresses: list[str] = []
-        for port in random.sample(_PORTS, len(_PORTS)):
+        for port in random.sample(ports, len(ports)):
             if len(addresses) == count:
                 break
             candidate = held.enter_context(socket.socket())

@@ -15,13 +15,18 @@ from typing import Any
 
 import httpx
 
-from lesft_testbed.chaos_run import free_addresses
+from lesft_testbed.chaos_run import PORTS, free_addresses
 from tests.processes.harness import make_samples, write_samples
 
 SECONDS = 60
 """How long a test waits for what is sure to come."""
 
 CLIENTS = ("a", "b")
+
+MAX_WORKERS = 16
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % MAX_WORKERS
+"""Tests that run at the same time must not give the same port to two services."""
+
 MODULES = {
     "server": "lesft_server.main",
     "aggregator": "lesft_aggregator.main",
@@ -102,7 +107,7 @@ class Run:
         self._addresses = dict(
             zip(
                 ("server", "server control", "aggregator", "aggregator control"),
-                free_addresses(4),
+                free_addresses(4, PORTS[_WORKER::MAX_WORKERS]),
                 strict=True,
             )
         )
