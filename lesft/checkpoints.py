@@ -9,7 +9,6 @@ is there and does not match its checksums was damaged later; it is passed over, 
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from lesft.errors import InvalidInput
-from lesft.files import sync_folder
+from lesft.files import sync_folder, write_and_sync
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +81,8 @@ class CheckpointStore:
         try:
             temporary.mkdir()
             tensors = save(dict(checkpoint.tensors))
-            _write(temporary / TENSORS_FILE, tensors)
-            _write(temporary / FACTS_FILE, self._facts_file(checkpoint, tensors))
+            write_and_sync(temporary / TENSORS_FILE, tensors)
+            write_and_sync(temporary / FACTS_FILE, self._facts_file(checkpoint, tensors))
             sync_folder(temporary)
             if path.exists():  # the same round again, after going back to an earlier one
                 self._drop(checkpoint.round)
@@ -160,10 +159,3 @@ class CheckpointStore:
 def _digest(body: Mapping[str, Any]) -> str:
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -25,15 +25,20 @@ def write_atomically(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_and_sync(temporary, data)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)  # a full disk is not to fill up with halves
         raise
     sync_folder(path.parent)
+
+
+def write_and_sync(path: Path, data: bytes) -> None:
+    """Write a file and force it to disk; its name is there for good after `sync_folder`."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -52,7 +57,7 @@ def open_to_umask(path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
-def lock_folder(folder: Path, option: str, service: str) -> int:
+def lock_folder(folder: Path, service: str) -> int:
     """Hold a state folder for this process alone; returns the descriptor that holds it.
 
     The lock goes with the process, however that ends. Raises InvalidInput when another one has it.
@@ -64,8 +69,7 @@ def lock_folder(folder: Path, option: str, service: str) -> int:
     except BlockingIOError:
         os.close(handle)
         raise InvalidInput(
-            f"{option} {folder} is in use by another {service}: stop that one, or use another "
-            "folder"
+            f"--state {folder} is in use by another {service}: stop that one, or use another folder"
         ) from None
     return handle
 

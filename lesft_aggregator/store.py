@@ -44,7 +44,7 @@ class Store:
         self._adapters = state / "adapters"
         for folder in (state, self._submissions, self._adapters):
             folder.mkdir(parents=True, exist_ok=True)
-        self._lock = lock_folder(state, "--state", "aggregator")
+        self._lock = lock_folder(state, "aggregator")
         if fresh:
             _drop(state, self._submissions, self._adapters)
         self._engine = create_engine(f"sqlite:///{state / DATABASE_FILE}")

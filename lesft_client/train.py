@@ -64,7 +64,7 @@ class TrainCommand:
     def run(self) -> None:
         """Train to the end of the run. Raises LesftError for whatever ends it early."""
         settings = self._settings
-        lock = lock_folder(settings.state, "--state", "client")
+        lock = lock_folder(settings.state, "client")
         if settings.fresh:
             drop_state(settings.state)
         control = ControlServer(make_app(self._status), settings.insecure)
@@ -156,7 +156,8 @@ class TrainCommand:
         if kept:
             begin = kept[-1] if isinstance(turn, Rejoin) else turn.round
             checkpoints.restore_status(begin)
-            trainer.restore(begin)
+            if isinstance(turn, Rejoin):  # else the turn itself loads it
+                trainer.restore(begin)
             self._display.say(f"resumed at round {turn.round + 1} of {spec.rounds}")
             return turn
         if isinstance(turn, Rejoin):

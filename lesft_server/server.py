@@ -58,7 +58,7 @@ class Server:
         settings = self._settings
         for address in (settings.listen, settings.control):
             check_open(address, settings.insecure)
-        self._lock = lock_folder(settings.state, "--state", "server")
+        self._lock = lock_folder(settings.state, "server")
         checkpoint = Checkpoint(model_folder(settings.model))
         back, spec = await self._device.run(lambda: _load(settings, checkpoint))
         engine = self.engine = await self._resume(back, spec)

@@ -56,14 +56,14 @@ def test_file_and_folder_are_forced_to_disk_in_the_right_order(
 
 def test_a_folder_is_held_until_its_holder_lets_go(tmp_path: Path) -> None:
     folder = tmp_path / "new/state"
-    handle = lock_folder(folder, "--state", "client")
+    handle = lock_folder(folder, "client")
     with pytest.raises(InvalidInput) as caught:
-        lock_folder(folder, "--state", "client")
+        lock_folder(folder, "client")
     assert str(caught.value) == (
         f"--state {folder} is in use by another client: stop that one, or use another folder"
     )
     os.close(handle)
-    os.close(lock_folder(folder, "--state", "client"))
+    os.close(lock_folder(folder, "client"))
 
 
 # ---------------------------------------------------------------------- a full disk

@@ -176,7 +176,7 @@ def test_two_processes_cannot_share_a_state_folder_and_a_killed_one_leaves_it(
 ) -> None:
     code = (
         "import sys, time; from pathlib import Path; from lesft.files import lock_folder\n"
-        "lock_folder(Path(sys.argv[1]), '--state', 'client'); print('locked', flush=True)\n"
+        "lock_folder(Path(sys.argv[1]), 'client'); print('locked', flush=True)\n"
         "time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -185,11 +185,11 @@ def test_two_processes_cannot_share_a_state_folder_and_a_killed_one_leaves_it(
             assert other.stdout is not None
             assert other.stdout.readline() == "locked\n"
             with pytest.raises(InvalidInput) as caught:
-                lock_folder(tmp_path, "--state", "client")
+                lock_folder(tmp_path, "client")
             assert str(caught.value) == (
                 f"--state {tmp_path} is in use by another client: stop that one, or use another "
                 "folder"
             )
         finally:
             other.send_signal(signal.SIGKILL)
-    os.close(lock_folder(tmp_path, "--state", "client"))
+    os.close(lock_folder(tmp_path, "client"))

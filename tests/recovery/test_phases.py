@@ -27,8 +27,12 @@ CLIENT: dict[str, Disturbance] = {
     "after it has the average": ("lesft_client.aggregation:Aggregator.fetch", "after", 2),
     # The checkpoint: the first is that of round 0, so the third is the one of round 4.
     "before a checkpoint": ("lesft.checkpoints:CheckpointStore.save", "before", 3),
-    "between a checkpoint's tensors and its facts": ("lesft.checkpoints:_write", "after", 5),
-    "before a checkpoint is renamed": ("lesft.checkpoints:_write", "after", 6),
+    "between a checkpoint's tensors and its facts": (
+        "lesft.checkpoints:write_and_sync",
+        "after",
+        5,
+    ),
+    "before a checkpoint is renamed": ("lesft.checkpoints:write_and_sync", "after", 6),
     "after a checkpoint is renamed": ("lesft.checkpoints:Path.rename", "after", 3),
     "before old checkpoints are dropped": (
         "lesft.checkpoints:CheckpointStore._drop",
@@ -57,8 +61,12 @@ SERVER: dict[str, Disturbance] = {
     # The checkpoint: the second of three, that of round 4.
     "before the window is closed": ("lesft_server.ledger:Ledger.close_window", "before", 2),
     "before a checkpoint": ("lesft.checkpoints:CheckpointStore.save", "before", 2),
-    "between a checkpoint's tensors and its facts": ("lesft.checkpoints:_write", "after", 3),
-    "before a checkpoint is renamed": ("lesft.checkpoints:_write", "after", 4),
+    "between a checkpoint's tensors and its facts": (
+        "lesft.checkpoints:write_and_sync",
+        "after",
+        3,
+    ),
+    "before a checkpoint is renamed": ("lesft.checkpoints:write_and_sync", "after", 4),
     "after a checkpoint is renamed": ("lesft.checkpoints:Path.rename", "after", 2),
     "before the next window is opened": ("lesft_server.ledger:Ledger.open_window", "before", 2),
     "after the next window is opened": ("lesft_server.ledger:Ledger.open_window", "after", 2),

@@ -183,9 +183,9 @@ def test_a_run_that_is_paused_stopped_and_started_again_is_the_same(
 @pytest.mark.parametrize(
     ("victim", "call"),
     [
-        ("server", "lesft.checkpoints:_write"),
+        ("server", "lesft.checkpoints:write_and_sync"),
         ("server", "lesft_server.ledger:_write"),
-        ("a", "lesft.checkpoints:_write"),
+        ("a", "lesft.checkpoints:write_and_sync"),
     ],
 )
 def test_a_full_disk_pauses_the_run_until_there_is_room(
