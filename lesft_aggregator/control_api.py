@@ -65,7 +65,7 @@ def make_app(
     """The control app with the aggregator's routes."""
 
     def not_ready() -> str | None:
-        return str(rounds.ended) if rounds.ended else None
+        return str(rounds.ended) if rounds.ended else rounds.obstacle or None
 
     app = make_control_app("LESFT aggregator", metrics.registry, not_ready)
 

@@ -98,6 +98,7 @@ class AggregationService(AggregationServiceServicer):
             while not (await asyncio.wait([waiting], timeout=self._settings.heartbeat_seconds))[0]:
                 missing = ", ".join(self._rounds.missing())
                 waiting_for = f"the adapters of {missing}" if missing else "the averaging"
+                waiting_for = self._rounds.obstacle or waiting_for
                 yield pb.FetchResponse(heartbeat=Heartbeat(waiting_for=waiting_for))
             adapter = waiting.result()
         finally:

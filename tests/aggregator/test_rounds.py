@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import load
@@ -414,6 +415,9 @@ def test_a_full_disk_holds_everybody_up_until_there_is_room(
         await wait_until(lambda: aggregator.rounds.obstacle)
         message = f"no room on disk for {tmp_path}: free some, training goes on by itself"
         assert aggregator.rounds.obstacle == message
+        async with httpx.AsyncClient(trust_env=False) as http:
+            ready = await http.get(f"http://{addresses['control']}/readyz")
+        assert (ready.status_code, ready.text) == (503, f"{message}\n")
         assert aggregator.rounds.version == 0
         full.clear()
         await submitting
