@@ -35,9 +35,9 @@ check: setup
 	$(BIN)/python tools/generate.py --check
 	$(BIN)/lint-imports
 
-# Tests of recovery mostly wait for processes to start and to find each other: three at a time.
+# Two at a time; tests of recovery mostly wait for processes to start and to find each other: three.
 test: setup
-	$(BIN)/python -m pytest --ignore=tests/recovery
+	$(BIN)/python -m pytest --ignore=tests/recovery --numprocesses=2
 	$(BIN)/python -m pytest tests/recovery --numprocesses=3
 
 test-compose: setup

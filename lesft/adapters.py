@@ -6,11 +6,12 @@ on the wire: a part adds its layer offset when it speaks and takes it off when i
 
 import math
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -49,6 +50,13 @@ def attach_lora(model: PreTrainedModel, lora: LoraSpec, run_seed: int, layer_off
             values = torch.empty(parameter.shape)
             torch.nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
             parameter.data.copy_(values)
+
+
+def enable_adapters(model: PreTrainedModel, enabled: bool) -> None:
+    """Whether the part computes with its adapters or as it was before `attach_lora`."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(enabled)
 
 
 def lora_config(lora: LoraSpec) -> LoraConfig:
@@ -108,18 +116,9 @@ def load_lora_state(
 
 
 def save_adapter(
-    folder: Path,
-    front_state: Mapping[str, torch.Tensor],
-    back_state: Mapping[str, torch.Tensor],
-    lora: LoraSpec,
-    base_model_name: str,
+    folder: Path, state: Mapping[str, torch.Tensor], lora: LoraSpec, base_model_name: str
 ) -> None:
-    """Join the halves into an ordinary PEFT adapter of the whole model.
-
-    Raises ModelError when the halves overlap or leave a layer or a part of one out.
-    """
-    _check_halves(front_state.keys(), back_state.keys())
-    state = {**front_state, **back_state}
+    """Write the whole model's adapter as peft has it; see `lesft.adapter_halves.join`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = lora_config(lora)
     config.base_model_name_or_path = base_model_name
@@ -134,14 +133,24 @@ def save_adapter(
     open_to_umask(file)
 
 
-def _check_halves(front: Set[str], back: Set[str]) -> None:
+def check_halves(front: Set[str], back: Set[str]) -> None:
     """Raises ModelError unless every layer up to the last has the same tensors, in one half."""
     if not front or not back:
         raise ModelError(f"the {'back' if front else 'front'}'s half holds no adapter")
     if overlap := sorted(front & back):
         raise ModelError(f"front and back both hold {overlap[0]!r}: the cuts do not match")
     names = front | back
-    num_layers = 1 + max((int(n) for name in names for n in _LAYER.findall(name)), default=0)
-    expected = {_LAYER.sub(str(layer), name) for name in names for layer in range(num_layers)}
+    layers = range(num_layers(names))
+    expected = {name_at(name, layer) for name in names for layer in layers}
     if missing := sorted(expected - names):
         raise ModelError(f"the halves lack {missing[0]!r}: the cuts do not match")
+
+
+def num_layers(names: Iterable[str]) -> int:
+    """Layers of the whole model, as the names of the back's adapters tell; at least 1."""
+    return 1 + max((int(n) for name in names for n in _LAYER.findall(name)), default=0)
+
+
+def name_at(name: str, layer: int) -> str:
+    """The name that an adapter's tensor has in another layer."""
+    return _LAYER.sub(str(layer), name, count=1)

@@ -6,14 +6,14 @@ B samples, D width, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from lesft.adapters import lora_parameters
+from lesft.adapters import enable_adapters, lora_parameters
 from lesft.cohort_batch import CohortBatch, Part, TokenTerms, concatenate
+from lesft.decoding import Step, back_steps
+from lesft.device import Precision, autocast
 from lesft.errors import InvalidInput
 from lesft.loss import sample_token_weights, slice_log_probs
 from lesft.micro_batch import Path, StepKey, StepResult, Targets, at_predictors, pad
@@ -22,8 +22,6 @@ from lesft.seeds import derive_seed
 from lesft.spec import RunSpec
 from lesft.split import back_hidden, head_logits
 from lesft.training_state import load_training_state, training_state
-
-Precision = Literal["fp32", "bf16"]
 
 
 class Back:
@@ -42,6 +40,7 @@ class Back:
         self.optimizer = Optimizer(lora_parameters(model), spec.optimizer, spec.rounds)
         self._precision = precision
         self._logits_slice = logits_slice
+        self._untuned = False
 
     # ------------------------------------------------------------------ the training step
 
@@ -90,8 +89,8 @@ class Back:
         self, path: Path, targets: Targets, grad: bool, dropout: bool = False
     ) -> torch.Tensor:
         """Hidden states `[T, D]` after the final norm where the target tokens are predicted."""
-        self.model.train(dropout)
-        with torch.set_grad_enabled(grad), self._autocast():
+        self._set_mode(dropout)
+        with torch.set_grad_enabled(grad), autocast(self.model.device, self._precision):
             activations_BLD, mask = pad(path.activations_ND.to(self.model.dtype), path.lengths)
             hidden_BLD = back_hidden(self.model, activations_BLD, mask)
             return at_predictors(hidden_BLD, path.lengths, targets.lengths)
@@ -119,7 +118,7 @@ class Back:
         leaf_TD = hidden_TD.detach().requires_grad_()
         log_probs = []
         for rows in self._slices(len(ids_T)):
-            with self._autocast():
+            with autocast(self.model.device, self._precision):
                 log_probs_T = slice_log_probs(head_logits(self.model, leaf_TD[rows]), ids_T[rows])
             (-(coefficients_T[rows] * log_probs_T).sum()).backward()  # type: ignore[no-untyped-call]
             log_probs.append(log_probs_T.detach())
@@ -129,7 +128,7 @@ class Back:
     @torch.no_grad()
     def _log_probs(self, hidden_TD: torch.Tensor, ids_T: torch.Tensor) -> torch.Tensor:
         """log P `[T]` of the target tokens, without graph."""
-        with self._autocast():
+        with autocast(self.model.device, self._precision):
             return torch.cat(
                 [
                     slice_log_probs(head_logits(self.model, hidden_TD[rows]), ids_T[rows])
@@ -140,10 +139,6 @@ class Back:
     def _slices(self, num_tokens: int) -> list[slice]:
         starts = range(0, num_tokens, self._logits_slice)
         return [slice(start, start + self._logits_slice) for start in starts]
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        enabled = self._precision == "bf16"
-        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=enabled)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -167,6 +162,27 @@ class Back:
             -float(sample.double().sum())
             for sample in torch.split(log_probs_T, list(targets.lengths))
         ]
+
+    # ------------------------------------------------------------------ decoding
+
+    def next_logits(
+        self, steps: Sequence[Step], wanted: Sequence[int], untuned: bool
+    ) -> list[torch.Tensor]:
+        """Float32 logits `[W, V]` after each step's last W tokens; see `back_steps`.
+
+        `untuned` is for the model as it was before the training.
+        """
+        self._set_mode(dropout=False, untuned=untuned)
+        with autocast(self.model.device, self._precision):
+            return back_steps(self.model, steps, wanted)
+
+    def _set_mode(self, dropout: bool, untuned: bool = False) -> None:
+        """Each costs milliseconds, which a decoding step has not to spare: only what changes."""
+        if self.model.training is not dropout:
+            self.model.train(dropout)
+        if self._untuned is not untuned:
+            self._untuned = untuned
+            enable_adapters(self.model, not untuned)
 
 
 def _check_finite(

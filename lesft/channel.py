@@ -81,6 +81,12 @@ def open_channel(address: str, insecure: bool) -> grpc.Channel:
     return grpc.insecure_channel(address, options=_CLIENT_OPTIONS)
 
 
+def open_aio_channel(address: str, insecure: bool) -> grpc.aio.Channel:
+    """As `open_channel`, for the running event loop."""
+    check_open(address, insecure)
+    return grpc.aio.insecure_channel(address, options=_CLIENT_OPTIONS)
+
+
 def make_server(service_names: Sequence[str]) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
     """A server with our error statuses, and the standard health and reflection services.
 

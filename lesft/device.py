@@ -1,8 +1,18 @@
-"""Which torch device to compute on."""
+"""Which torch device to compute on, and how precisely."""
+
+from contextlib import AbstractContextManager
+from typing import Literal
 
 import torch
 
 from lesft.errors import InvalidInput
+
+Precision = Literal["fp32", "bf16"]
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """With bf16, matrices are multiplied in it, and adapters stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def choose_device(name: str) -> torch.device:

@@ -49,6 +49,14 @@ class TooLarge(LesftError):
     """A message or request is over its limit."""
 
 
+class Busy(LesftError):
+    """A service has no room for more work now; it will have some later."""
+
+
+class NotAllowed(LesftError):
+    """What was asked for is there, but its owner does not give it away."""
+
+
 class RunStopped(LesftError):
     """The run has ended early; the message names who or what ended it."""
 
@@ -83,6 +91,8 @@ STATUS: dict[type[LesftError], Status] = {
     StaleVersion: Status(StatusCode.FAILED_PRECONDITION, 409),
     NotFound: Status(StatusCode.NOT_FOUND, 404),
     TooLarge: Status(StatusCode.RESOURCE_EXHAUSTED, 413),
+    Busy: Status(StatusCode.RESOURCE_EXHAUSTED, 503),
+    NotAllowed: Status(StatusCode.PERMISSION_DENIED, 403),
     RunStopped: Status(StatusCode.ABORTED, 410),
     Unreachable: Status(StatusCode.UNAVAILABLE, 503),
     LeftBehind: Status(StatusCode.UNAVAILABLE, 503),
@@ -101,6 +111,7 @@ _BY_CODE: dict[StatusCode, type[LesftError]] = {
     StatusCode.ALREADY_EXISTS: AlreadyJoined,
     StatusCode.NOT_FOUND: NotFound,
     StatusCode.RESOURCE_EXHAUSTED: TooLarge,
+    StatusCode.PERMISSION_DENIED: NotAllowed,
     StatusCode.ABORTED: RunStopped,
     StatusCode.UNAVAILABLE: Unreachable,
     StatusCode.DEADLINE_EXCEEDED: Unreachable,

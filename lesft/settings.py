@@ -26,7 +26,9 @@ else:
     import tomli as tomllib
 
 _METAVARS = {"str": "TEXT", "int": "N", "float": "X", "Path": "PATH", "tuple[str,...]": "A,B,..."}
-_DEFAULTS_THAT_SAY_NOTHING = (" (default: None)", " (default: False)", " (default: )")
+_DEFAULTS_THAT_SAY_NOTHING = (
+    *(" (default: None)", " (default: False)", " (default: )", " (default: ())"),
+)
 _VARIABLES = "Every option is also an environment variable, such as {variable}"
 _AND_FILE = """,
 and a key of the TOML file that --config names, such as {key}.

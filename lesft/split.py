@@ -54,7 +54,7 @@ def build_front(
     config: PreTrainedConfig, cut_layer: int, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """Base model with `layers[:cut_layer]` and no final norm; parameters on the meta device."""
-    base: Any = _base_model(_build_whole(config, cut_layer, dtype))
+    base: Any = base_model(_build_whole(config, cut_layer, dtype))
     base.layers = base.layers[:cut_layer]
     base.norm = torch.nn.Identity()
     _slice_config(base.config, 0, cut_layer)
@@ -66,7 +66,7 @@ def build_back(
 ) -> PreTrainedModel:
     """Causal LM with `layers[cut_layer:]` and no embedding; parameters on the meta device."""
     model = _build_whole(config, cut_layer, dtype)
-    base: Any = _base_model(model)
+    base: Any = base_model(model)
     base.layers = base.layers[cut_layer:]
     base.embed_tokens = torch.nn.Identity()  # fed through inputs_embeds; peft looks for a module
     if hasattr(base, "embedding_multiplier"):
@@ -100,7 +100,8 @@ def _slice_config(config: PreTrainedConfig, start: int, stop: int) -> None:
             setattr(config, name, list(getattr(config, name))[start:stop])
 
 
-def _base_model(model: PreTrainedModel) -> torch.nn.Module:
+def base_model(model: PreTrainedModel) -> torch.nn.Module:
+    """The decoder of a causal LM, without its head."""
     base = getattr(model, model.base_model_prefix)
     assert isinstance(base, torch.nn.Module)
     return base
@@ -119,7 +120,7 @@ def back_hidden(
     back: PreTrainedModel, activations_BLD: torch.Tensor, mask_BL: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Hidden states `[B, L, D]` after the final norm, from cut-layer activations."""
-    output = _base_model(back)(
+    output = base_model(back)(
         inputs_embeds=activations_BLD, attention_mask=mask_BL, use_cache=False
     )
     hidden_BLD: torch.Tensor = output.last_hidden_state

@@ -170,7 +170,7 @@ def _decode_samples(
     expected["targets"] = TensorSpec((sum(target_lengths),), (torch.int32,))
     tensors = decode_tensors(data, expected)
     for name in paths:
-        _check_magnitude(name, tensors[name])
+        check_magnitude(name, tensors[name])
     ids_T = tensors["targets"].long()
     outside = ids_T[(ids_T < 0) | (ids_T >= limits.vocab_size)]
     if len(outside):
@@ -182,7 +182,8 @@ def _decode_samples(
     return tensors
 
 
-def _check_magnitude(name: str, activations_ND: torch.Tensor) -> None:
+def check_magnitude(name: str, activations_ND: torch.Tensor) -> None:
+    """Raises BundleError for activations that no model makes."""
     largest = float(activations_ND.abs().max())
     if largest > MAX_ACTIVATION:
         raise BundleError(

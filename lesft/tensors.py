@@ -1,5 +1,6 @@
 """Named torch tensors to and from a bundle's bytes (safetensors), checked on the way in."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,11 @@ class TensorSpec:
 
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
+
+    @property
+    def num_values(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
 
 
 def encoded_dtypes(encoding: Encoding) -> tuple[torch.dtype, ...]:

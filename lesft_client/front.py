@@ -5,14 +5,13 @@ N tokens of the whole micro-batch, T its target tokens, D width.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from lesft.adapters import load_lora_state, lora_parameters, lora_state
-from lesft.back import Precision
+from lesft.device import Precision, autocast
 from lesft.micro_batch import MicroBatch, Path, StepKey, StepResult, Targets, pad, unpad
 from lesft.optimizer import Optimizer
 from lesft.seeds import derive_seed
@@ -90,12 +89,8 @@ class Front:
         lengths = tuple(len(ids) for ids in sequences)
         flat_N = torch.tensor([i for ids in sequences for i in ids], device=self.model.device)
         ids_BL, mask_BL = pad(flat_N, lengths)
-        with self._autocast():
+        with autocast(self.model.device, self._precision):
             return Path(unpad(front_forward(self.model, ids_BL, mask_BL), lengths), lengths)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        enabled = self._precision == "bf16"
-        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=enabled)
 
     # ------------------------------------------------------------------ beside training
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from lesft.errors import Unreachable
+from lesft.errors import Busy, LesftError, Unreachable
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +21,54 @@ _ANSWERED_SECONDS = 60.0
 keepalive finds a dead connection within 50."""
 
 
+class Tries:
+    """Tries of one call: how long to pause after each, and when to give up.
+
+    Pauses grow from a fifth of a second to ten seconds, with jitter so that clients do not come all
+    at once; the last one ends with the patience. Patience starts anew after a try that `progress`
+    differs after, or that waited long for its answer: it is for services that are away, not for
+    work that takes its time.
+    """
+
+    def __init__(
+        self,
+        patience_seconds: float,
+        progress: Callable[[], int] = lambda: 0,
+        option: str = "--patience-seconds",
+    ) -> None:
+        """`option` is what sets the patience, for the message that it has ended."""
+        self._patience_seconds = patience_seconds
+        self._progress = progress
+        self._option = option
+        self._began = time.monotonic()
+        self._start_anew(self._began)
+
+    def _start_anew(self, now: float) -> None:
+        self._since = now
+        self._next_pause = _FIRST_PAUSE_SECONDS
+        self._done = self._progress()
+
+    def begin(self) -> None:
+        """A try begins."""
+        self._began = time.monotonic()
+
+    def pause_after(self, error: LesftError) -> float:
+        """Seconds to wait after a try that failed. Raises the error when patience has ended."""
+        now = time.monotonic()
+        if now - self._began > _ANSWERED_SECONDS or self._progress() != self._done:
+            self._start_anew(now)
+        waited = now - self._since
+        if waited > self._patience_seconds - _SHORTEST_PAUSE_SECONDS:
+            asked = "" if isinstance(error, Busy) else "is it running and is the address right? "
+            raise type(error)(
+                f"{error} (tried for {waited:.0f} s; {asked}{self._option} waits longer)"
+            ) from None
+        pause = min(self._next_pause * random.uniform(0.8, 1.2), self._patience_seconds - waited)
+        self._next_pause = min(2 * self._next_pause, _LONGEST_PAUSE_SECONDS)
+        log.warning("%s; trying again in %.1f s", error, pause)
+        return pause
+
+
 def patiently(
     call: Callable[[], T],
     patience_seconds: float,
@@ -30,30 +78,15 @@ def patiently(
 ) -> T:
     """Call until it no longer raises Unreachable; only for calls that are safe to repeat.
 
-    `still_wanted` is asked before each new try, and raises when nothing would come of one.
-    Pauses grow from a fifth of a second to ten seconds, with jitter so that clients do not come all
-    at once; the last one ends with the patience. Then it raises the last Unreachable, with the time
-    spent and the `option` that sets the patience.
-    Patience starts anew after a call that `progress` differs after, or that waited long for its
-    answer: it is for services that are away, not for work that takes its time.
+    `still_wanted` is asked before each new try, and raises when nothing would come of one. When
+    patience has ended it raises the last Unreachable, with the time spent.
     """
-    since, next_pause, done = time.monotonic(), _FIRST_PAUSE_SECONDS, progress()
+    tries = Tries(patience_seconds, progress, option)
     while True:
-        began = time.monotonic()
+        tries.begin()
         try:
             return call()
         except Unreachable as error:
             still_wanted()
-            now = time.monotonic()
-            if now - began > _ANSWERED_SECONDS or progress() != done:
-                since, next_pause, done = now, _FIRST_PAUSE_SECONDS, progress()
-            waited = now - since
-            if waited > patience_seconds - _SHORTEST_PAUSE_SECONDS:
-                raise Unreachable(
-                    f"{error} (tried for {waited:.0f} s; is it running and is the address right? "
-                    f"{option} waits longer)"
-                ) from None
-            pause = min(next_pause * random.uniform(0.8, 1.2), patience_seconds - waited)
-            log.warning("%s; trying again in %.1f s", error, pause)
+            pause = tries.pause_after(error)
         time.sleep(pause)
-        next_pause = min(2 * next_pause, _LONGEST_PAUSE_SECONDS)

@@ -7,6 +7,9 @@ from pydantic import BaseModel
 
 from lesft_client.wire import WireCounter
 
+RESULT_FILE = "result.json"
+"""In the state folder: what is left of the status, and more figures, once the run is finished."""
+
 
 class StatusBody(BaseModel):
     """Answer of GET /v1/status."""

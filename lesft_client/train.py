@@ -4,45 +4,40 @@ import hashlib
 import json
 import os
 import socket
-import sys
 import time
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lesft.adapter_halves import ADAPTER_FILE, SPEC_FILE, AdapterHalf, HalfInfo, encode_half
 from lesft.adapters import attach_lora
 from lesft.channel import open_channel
 from lesft.control import ControlServer, write_endpoints
-from lesft.device import choose_device
 from lesft.errors import DataError, LesftError, ModelError
 from lesft.files import lock_folder, write_atomically
-from lesft.interceptors import remote_errors
 from lesft.spec import PROTOCOL_VERSION, RunSpec
 from lesft.spec_messages import encoding_to_message, lora_to_message, spec_from_message
 from lesft.step_messages import Limits
 from lesft.tensors import encode_tensors
 from lesft.v1 import model_pb2, model_pb2_grpc, training_pb2
-from lesft.weights import front_fingerprint, load_front
 from lesft_client.aggregation import Aggregator
 from lesft_client.back import Rejoin, Turn
 from lesft_client.control_api import make_app
+from lesft_client.counted_progress import wants_bar
 from lesft_client.data import EncodedSample, Split, encode_samples
 from lesft_client.data_command import samples_of
 from lesft_client.front import Front
-from lesft_client.front_weights import fetched_checkpoint, local_checkpoint
 from lesft_client.link import Patience, ServerLink
-from lesft_client.patience import patiently
 from lesft_client.progress import ProgressDisplay
 from lesft_client.recovery import ClientCheckpoints, drop_state, instance_id
+from lesft_client.run_front import describe_run, load_run_front
 from lesft_client.settings import TrainSettings
-from lesft_client.status import Status
+from lesft_client.status import RESULT_FILE, Status
+from lesft_client.tokenizer import load_tokenizer
 from lesft_client.trainer import HeldOut, Trainer
 from lesft_client.wire import WireCounter
 
-RESULT_FILE = "result.json"
-ADAPTER_FILE = "adapter.safetensors"
 _HELD_OUT_BEFORE = "held_out_before"
 
 
@@ -53,8 +48,7 @@ class TrainCommand:
         self._settings = settings
         self._wire = WireCounter()
         self._status = Status(settings.client_id or socket.gethostname(), self._wire)
-        bar = settings.progress == "bar" or (settings.progress == "auto" and sys.stderr.isatty())
-        self._display = ProgressDisplay(self._status, bar)
+        self._display = ProgressDisplay(self._status, wants_bar(settings.progress))
         self._server = f"server {settings.server}"
         self._patience = Patience(
             settings.patience_seconds, settings.reconnect_seconds, settings.stall_seconds
@@ -82,7 +76,7 @@ class TrainCommand:
             torch.set_num_threads(settings.threads)
         with open_channel(settings.server, settings.insecure) as channel:
             models = model_pb2_grpc.ModelServiceStub(channel)
-            description = self._describe_run(models)
+            description = describe_run(models, self._server, settings.patience_seconds, self._wire)
             spec = spec_from_message(description.spec)
             self._status.run_id, self._status.rounds = spec.run_id, spec.rounds
             training, held_out = self._samples(spec)
@@ -196,24 +190,10 @@ class TrainCommand:
 
     # ------------------------------------------------------------------ before training
 
-    def _describe_run(
-        self, models: model_pb2_grpc.ModelServiceStub
-    ) -> model_pb2.DescribeRunResponse:
-        request = model_pb2.DescribeRunRequest(protocol_version=PROTOCOL_VERSION)
-
-        def call() -> model_pb2.DescribeRunResponse:
-            with remote_errors(self._server):
-                return models.DescribeRun(request)
-
-        description = patiently(call, self._settings.patience_seconds)
-        self._wire.add("up", "other", request.ByteSize())
-        self._wire.add("down", "other", description.ByteSize())
-        return description
-
     def _samples(self, spec: RunSpec) -> tuple[list[EncodedSample], list[EncodedSample]]:
         """This client's training and held-out samples, encoded."""
         settings = self._settings
-        tokenizer = _load_tokenizer(settings.model)
+        tokenizer = load_tokenizer(settings.model)
         max_length = min(settings.max_length or spec.max_length, spec.max_length)
 
         def encoded(split: Split) -> list[EncodedSample]:
@@ -247,24 +227,9 @@ class TrainCommand:
     ) -> tuple[Front, str]:
         """The front of the run with fresh adapters, and the fingerprint of its weights."""
         settings = self._settings
-        checkpoint = local_checkpoint(settings.model, settings.weights)
-        if checkpoint is not None:
-            fingerprint = front_fingerprint(checkpoint, spec.cut_layer)
-        else:
-            megabytes = description.front_bytes // 1_000_000
-            with self._display.phase(f"getting the front ({megabytes} MB)", megabytes):
-                checkpoint = fetched_checkpoint(
-                    models,
-                    description,
-                    settings.cache,
-                    self._server,
-                    settings.patience_seconds,
-                    self._wire,
-                    lambda done, total: self._display.advance(done // 1_000_000),
-                )
-            fingerprint = spec.front_fingerprint  # it was verified
-        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-        model = load_front(checkpoint, spec.cut_layer, dtype, choose_device(settings.device))
+        model, fingerprint = load_run_front(
+            models, description, settings, self._server, self._wire, self._display
+        )
         attach_lora(model, spec.lora, spec.seed, 0)
         return Front(model, spec, self._status.client_id, settings.precision), fingerprint
 
@@ -315,16 +280,19 @@ class TrainCommand:
         return score
 
     def _finish(self, trainer: Trainer, front: Front, before: HeldOut, after: HeldOut) -> None:
-        """Leave the adapter and the figures in the state folder."""
-        state = self._settings.state
-        adapter = encode_tensors(front.adapter(), "raw")
-        write_atomically(state / ADAPTER_FILE, adapter)
+        """Leave the adapter, the run it is of and the figures in the state folder."""
+        state, spec = self._settings.state, front.spec
+        info = HalfInfo.of(spec, "front", rounds=trainer.round)
+        half = AdapterHalf(info, front.adapter())
+        write_atomically(state / SPEC_FILE, spec.model_dump_json(indent=2).encode())
+        write_atomically(state / ADAPTER_FILE, encode_half(half))
         self._status.phase = "finished"
         result: dict[str, Any] = {
             **self._status.body().model_dump(
                 exclude={"phase", "waiting_for", "seconds_left", "loss"}
             ),
-            "adapter_sha256": hashlib.sha256(adapter).hexdigest(),
+            # Of the tensors as they travel: the aggregator names its average so, too.
+            "adapter_sha256": hashlib.sha256(encode_tensors(half.tensors, "raw")).hexdigest(),
             "held_out_before": asdict(before),
             "held_out_after": asdict(after),
             "wire": self._wire.by_kind(),
@@ -334,12 +302,6 @@ class TrainCommand:
         self._display.say(f"finished; adapter and figures are in {state}")
 
 
-def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"--model {model}: no tokenizer can be loaded from there ({first_line}); give a folder "
-            "with tokenizer.json, or a hub id"
-        ) from None
+def train(settings: TrainSettings) -> None:
+    """Train to the end of the run. Raises LesftError for whatever ends it early."""
+    TrainCommand(settings).run()

@@ -14,16 +14,15 @@ from pathlib import Path
 
 import torch
 
+from lesft.adapter_halves import AdapterHalf, HalfInfo, save_half
 from lesft.back import Back
 from lesft.checkpoints import Checkpoint
 from lesft.cohort_batch import Part
+from lesft.device_thread import DeviceThread
 from lesft.errors import LeftBehind, LesftError, OutOfOrder, RunStopped, Unreachable
-from lesft.files import write_atomically
 from lesft.micro_batch import MicroBatch, StepKey, StepResult
 from lesft.step_messages import result_to_message
-from lesft.tensors import encode_tensors
 from lesft.training_state import adapter_of
-from lesft_server.device_thread import DeviceThread
 from lesft_server.journal import Journal
 from lesft_server.ledger import Entry, check_same
 from lesft_server.run import RoundRecord, Run, RunState
@@ -344,7 +343,7 @@ class Cohort:
         if tensors is not None:
             run.checkpoint_wanted = False
             checkpoint = Checkpoint(key.round + 1, tensors, run.facts())
-            await self._journal.checkpoint(checkpoint, lambda: self._write_adapter(checkpoint))
+            await self._journal.checkpoint(checkpoint, lambda: self.write_adapter(checkpoint))
             self._last_checkpoint = checkpoint.round
 
     def _checkpoint_is_due(self, key: StepKey) -> bool:
@@ -353,11 +352,12 @@ class Cohort:
             run.spec.aggregates_after(key.round) or run.checkpoint_wanted or run.stop_wanted
         )
 
-    def _write_adapter(self, checkpoint: Checkpoint) -> None:
+    def write_adapter(self, checkpoint: Checkpoint) -> None:
         """Φ as its own file, after the last round."""
-        if checkpoint.round == self._run.spec.rounds:
-            adapter = adapter_of(checkpoint.tensors)
-            write_atomically(self._adapter_file, encode_tensors(adapter, "raw"))
+        spec = self._run.spec
+        if checkpoint.round == spec.rounds:
+            info = HalfInfo.of(spec, "back", rounds=checkpoint.round)
+            save_half(self._adapter_file, AdapterHalf(info, adapter_of(checkpoint.tensors)))
 
     def stop_after_round(self) -> None:
         """Stop the run at the end of the round under way, with a checkpoint on all sides.

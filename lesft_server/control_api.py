@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from lesft.control import make_control_app
 from lesft.spec import RunSpec
+from lesft_server.generation import Generation
 from lesft_server.run import Run, RunState
 from lesft_server.session import Engine
 
@@ -57,7 +58,20 @@ class RoundBody(BaseModel):
     seconds: float
 
 
-def make_app(engine: Engine) -> FastAPI:
+class GenerationBody(BaseModel):
+    """Answer of GET /v1/generation: the texts being written, and what was written so far."""
+
+    sequences: int
+    max_sequences: int
+    max_context: int
+    cache_bytes_reserved: int
+    cache_bytes: int
+    tokens: int
+    batches: int
+    mean_batch: float
+
+
+def make_app(engine: Engine, generation: Generation) -> FastAPI:
     """The run, its clients and its rounds beside what every control API has, and orders to the run.
 
     An order is a POST; each is safe to repeat and answers with the run.
@@ -65,6 +79,7 @@ def make_app(engine: Engine) -> FastAPI:
     run = engine.run
     registry = CollectorRegistry()
     registry.register(_RunCollector(run))
+    registry.register(_GenerationCollector(generation))
 
     def ready() -> str | None:
         if run.state is RunState.STOPPED:
@@ -146,6 +161,21 @@ def make_app(engine: Engine) -> FastAPI:
             for name, share in run.shares().items()
         ]
 
+    @app.get("/v1/generation")
+    async def get_generation() -> GenerationBody:
+        """What clients are writing with the model."""
+        batches, steps = generation.batches
+        return GenerationBody(
+            sequences=len(generation.sequences),
+            max_sequences=generation.max_sequences,
+            max_context=generation.max_context,
+            cache_bytes_reserved=generation.bytes_reserved,
+            cache_bytes=generation.cache_bytes,
+            tokens=generation.tokens,
+            batches=batches,
+            mean_batch=steps / batches if batches else 0.0,
+        )
+
     @app.get("/v1/rounds")
     async def get_rounds(first: Annotated[int, Query(ge=0)] = 0) -> list[RoundBody]:
         """The finished rounds from `first` on."""
@@ -177,3 +207,32 @@ class _RunCollector(Collector):
                 ),
             ]
         return metrics
+
+
+class _GenerationCollector(Collector):
+    """Split decoding as Prometheus metrics, read when asked."""
+
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+
+    def collect(self) -> list[Metric]:
+        """Called by the registry at each scrape."""
+        generation = self._generation
+        batches, steps = generation.batches
+        return [
+            GaugeMetricFamily(
+                "lesft_server_sequences", "Texts being written.", value=len(generation.sequences)
+            ),
+            GaugeMetricFamily(
+                "lesft_server_cache_bytes_reserved",
+                "Memory reserved for keys and values.",
+                value=generation.bytes_reserved,
+            ),
+            CounterMetricFamily(
+                "lesft_server_decoded_tokens",
+                "Tokens through the back for inference.",
+                value=generation.tokens,
+            ),
+            CounterMetricFamily("lesft_server_decode_batches", "Batches of them.", value=batches),
+            CounterMetricFamily("lesft_server_decode_steps", "Steps in these.", value=steps),
+        ]

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lesft.errors import HandshakeMismatch, InvalidInput
+from lesft.inference_messages import MAX_TOP_LOGITS, sampling_from_message
 from lesft.micro_batch import StepKey
 from lesft.spec import PROTOCOL_VERSION, RunSpec
 from lesft.spec_messages import encoding_name
-from lesft.v1 import training_pb2
+from lesft.v1 import inference_pb2, training_pb2
+from lesft_server.generation import SequenceOptions
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MAX_INSTANCE_ID = 64
@@ -50,6 +52,48 @@ def check_opening(opening: training_pb2.OpenSession, spec: RunSpec) -> None:
             f"instance_id must have at most {MAX_INSTANCE_ID} characters, got "
             f"{len(opening.instance_id)}"
         )
+
+
+def check_sequence(
+    opening: inference_pb2.OpenSequence, spec: RunSpec, rounds: int
+) -> SequenceOptions:
+    """What a client asks for, once it is certain that both halves belong together.
+
+    `rounds` is how many the server has trained. Raises HandshakeMismatch or InvalidInput.
+    """
+    check_protocol_version(opening.protocol_version)
+    _check("cut_layer", spec.cut_layer, opening.cut_layer, "ask the server for its run")
+    _check(
+        "front_fingerprint",
+        spec.front_fingerprint,
+        opening.front_fingerprint,
+        "the client's weights or config are not the server's; let it fetch them with "
+        "--weights server",
+    )
+    theirs = encoding_name(opening.activation_encoding)
+    _check("activation_encoding", spec.activation_encoding, theirs, "ask the server for its run")
+    untuned = not opening.spec_fingerprint
+    if not untuned:
+        _check(
+            "spec_fingerprint",
+            spec.fingerprint(),
+            opening.spec_fingerprint,
+            "the client's adapter is of another run: give the --state that it trained with, or "
+            "use --untuned",
+        )
+        _check(
+            "rounds",
+            rounds,
+            opening.rounds,
+            "the adapters of client and server belong together after the last round only: wait "
+            "until the run has finished, or use --untuned",
+        )
+    if opening.capacity < 1:
+        raise InvalidInput("capacity must be at least 1 token, got 0")
+    if opening.top_logits > MAX_TOP_LOGITS:
+        raise InvalidInput(f"top_logits must be at most {MAX_TOP_LOGITS}, got {opening.top_logits}")
+    sampling = sampling_from_message(opening.sampling)
+    return SequenceOptions(untuned, opening.capacity, sampling, opening.top_logits)
 
 
 @dataclass(frozen=True)

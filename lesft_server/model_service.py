@@ -1,4 +1,4 @@
-"""The gRPC model service: tells what the run is and hands out the front's weights."""
+"""The gRPC model service: tells what the run is, hands out the front's weights and the adapter."""
 
 import asyncio
 import zlib
@@ -12,20 +12,32 @@ from lesft.spec import RunSpec
 from lesft.spec_messages import spec_to_message
 from lesft.v1 import model_pb2, model_pb2_grpc
 from lesft.weights import FrontFile
+from lesft_server.adapter_hand_out import AdapterHandOut
 from lesft_server.handshake import check_protocol_version
 
 SERVICE_NAME = model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):
-    """Keeper of the base weights."""
+    """Keeper of the base weights, and of Φ once the run is finished."""
 
-    def __init__(self, spec: RunSpec, config_json: str, front_file: FrontFile) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        config_json: str,
+        front_file: FrontFile,
+        adapter: AdapterHandOut,
+        max_context: int,
+    ) -> None:
         """Reads the front once, for its size. Raises InvalidInput for a spec that cannot travel."""
+        self._adapter = adapter
         self._front_fingerprint = spec.front_fingerprint
         self._front_file = front_file
         self._description = model_pb2.DescribeRunResponse(
-            spec=spec_to_message(spec), config_json=config_json, front_bytes=front_file.size
+            spec=spec_to_message(spec),
+            config_json=config_json,
+            front_bytes=front_file.size,
+            max_context=max_context,
         )
 
     async def DescribeRun(
@@ -60,3 +72,12 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
                 offset_bytes=offset, data=data, crc32=zlib.crc32(data)
             )
             offset += len(data)
+
+    async def FetchAdapter(
+        self,
+        request: model_pb2.FetchAdapterRequest,
+        context: ServicerContext[model_pb2.FetchAdapterRequest, model_pb2.FetchAdapterResponse],
+    ) -> AsyncIterator[model_pb2.FetchAdapterResponse]:
+        """See model.proto."""
+        for piece in await self._adapter.pieces(request):
+            yield piece

@@ -1,6 +1,7 @@
 """The server as a whole: loads the model, serves, stops gracefully."""
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -9,23 +10,26 @@ from pathlib import Path
 import grpc
 import torch
 
+from lesft.adapter_halves import ADAPTER_FILE, SPEC_FILE
 from lesft.adapters import attach_lora
 from lesft.back import Back
 from lesft.channel import bind, check_open, make_server, set_serving
 from lesft.control import ControlServer, write_endpoints
 from lesft.device import choose_device
-from lesft.errors import Unreachable
+from lesft.device_thread import DeviceThread
+from lesft.errors import InvalidInput, Unreachable
 from lesft.files import lock_folder, write_atomically
 from lesft.hub import model_folder
 from lesft.spec import RunSpec
 from lesft.split import check_cut_layer, default_cut_layer
 from lesft.step_messages import Limits
-from lesft.v1 import model_pb2_grpc, training_pb2_grpc
+from lesft.v1 import inference_pb2_grpc, model_pb2_grpc, training_pb2_grpc
 from lesft.weights import Checkpoint, FrontFile, front_fingerprint, load_back
-from lesft_server import model_service, training_service
+from lesft_server import inference_service, model_service, training_service
+from lesft_server.adapter_hand_out import AdapterHandOut
 from lesft_server.cohort import Cohort
 from lesft_server.control_api import make_app
-from lesft_server.device_thread import DeviceThread
+from lesft_server.generation import Generation
 from lesft_server.journal import Journal, drop_journal
 from lesft_server.run import Run
 from lesft_server.session import Engine
@@ -33,8 +37,6 @@ from lesft_server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
-ADAPTER_FILE = "adapter.safetensors"
-SPEC_FILE = "run_spec.json"
 _GRACE_SECONDS = 5
 
 
@@ -63,20 +65,38 @@ class Server:
         back, spec = await self._device.run(lambda: _load(settings, checkpoint))
         engine = self.engine = await self._resume(back, spec)
         front_file = FrontFile(checkpoint, spec.cut_layer)
+        adapter_file = settings.state / ADAPTER_FILE
+        generation = _generation(settings, engine)
+        adapter = AdapterHandOut(engine.run, adapter_file, settings.share_adapter)
         # In a thread: it reads the front's tensors from disk.
         models = await asyncio.to_thread(
-            model_service.ModelService, spec, checkpoint.config_json, front_file
+            model_service.ModelService,
+            spec,
+            checkpoint.config_json,
+            front_file,
+            adapter,
+            generation.max_context,
         )
 
-        names = [training_service.SERVICE_NAME, model_service.SERVICE_NAME]
+        names = [
+            training_service.SERVICE_NAME,
+            model_service.SERVICE_NAME,
+            inference_service.SERVICE_NAME,
+        ]
         server, health = make_server(names)
         self._server = server
         training_pb2_grpc.add_TrainingServiceServicer_to_server(
             training_service.TrainingService(engine), server
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            inference_service.InferenceService(
+                generation, spec, settings.heartbeat_seconds, settings.idle_seconds
+            ),
+            server,
+        )
         address = bind(server, settings.listen, settings.insecure)
-        self._control = ControlServer(make_app(engine), settings.insecure)
+        self._control = ControlServer(make_app(engine, generation), settings.insecure)
         control_address = await self._control.start(settings.control)
         await set_serving(health, names)
         await server.start()
@@ -94,19 +114,25 @@ class Server:
         def on_wait(reason: str) -> None:
             loop.call_soon_threadsafe(setattr, run, "obstacle", reason)
 
-        journal = self._journal = Journal(settings.state, spec.fingerprint(), on_wait)
+        try:
+            journal = self._journal = Journal(settings.state, spec.fingerprint(), on_wait)
+        except InvalidInput as error:
+            raise InvalidInput(f"{error}{_difference(settings.state / SPEC_FILE, spec)}") from None
         write_atomically(settings.state / SPEC_FILE, spec.model_dump_json(indent=2).encode())
         newest = journal.newest
         run = Run(spec, newest.facts if newest else None, journal.dropped)
         if newest is not None:
             await self._device.run(lambda: back.load_state(newest.tensors))
             log.info("going on from the checkpoint of round %d", newest.round)
+        cohort = Cohort(run, back, self._device, journal, settings.state / ADAPTER_FILE)
+        if newest is not None:
+            cohort.write_adapter(newest)  # as this version writes it; an older one may have before
         return Engine(
             run=run,
             back=back,
             device=self._device,
             journal=journal,
-            cohort=Cohort(run, back, self._device, journal, settings.state / ADAPTER_FILE),
+            cohort=cohort,
             limits=Limits(spec, back.model.config.hidden_size, back.model.config.vocab_size),
             heartbeat_seconds=settings.heartbeat_seconds,
             stall_seconds=settings.stall_seconds,
@@ -164,3 +190,25 @@ def _load(settings: ServerSettings, checkpoint: Checkpoint) -> tuple[Back, RunSp
     model = load_back(checkpoint, cut_layer, dtype, device)
     attach_lora(model, spec.lora, spec.seed, cut_layer)
     return Back(model, spec, settings.precision, settings.logits_slice), spec
+
+
+def _generation(settings: ServerSettings, engine: Engine) -> Generation:
+    own_context = getattr(engine.back.model.config, "max_position_embeddings", settings.max_length)
+    return Generation(
+        engine.back,
+        engine.device,
+        settings.max_sequences,
+        settings.max_context or own_context,
+        settings.cache_mib << 20,
+    )
+
+
+def _difference(file: Path, spec: RunSpec) -> str:
+    """Where the spec of an earlier run, as its file has it, differs first; to end a message."""
+    try:
+        before = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return ""
+    now = spec.model_dump(mode="json")
+    name = next((name for name in now if before.get(name) != now[name]), None)
+    return f" ({name}: {before.get(name)} then, {now[name]} now)" if name else ""

@@ -12,6 +12,7 @@ from typing import Any
 
 from lesft.back import Back
 from lesft.bundle import BundleReader, bundle_chunks
+from lesft.device_thread import DeviceThread
 from lesft.errors import BundleError, LesftError, OutOfOrder, Unreachable
 from lesft.micro_batch import Path, StepKey, Targets
 from lesft.step_messages import (
@@ -22,7 +23,6 @@ from lesft.step_messages import (
 )
 from lesft.v1 import heartbeat_pb2, training_pb2
 from lesft_server.cohort import Cohort, Request
-from lesft_server.device_thread import DeviceThread
 from lesft_server.handshake import resume_point
 from lesft_server.journal import Journal
 from lesft_server.run import Run, RunState

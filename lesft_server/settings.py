@@ -37,6 +37,20 @@ class ServerSettings(ServiceSettings, RunOptions):
     fresh: bool = Field(
         False, description="Drop what an earlier run left in --state and start anew."
     )
+    share_adapter: bool = Field(
+        False,
+        description="Hand the server's half of the adapter out to clients that export.",
+    )
+    cache_mib: int = Field(
+        2048, ge=1, description="Memory for keys and values of all texts being written, in MiB."
+    )
+    max_sequences: int = Field(64, ge=1, description="Texts that may be written at once.")
+    max_context: int = Field(
+        0, ge=0, description="Most tokens of one text with its prompt; 0 takes the model's own."
+    )
+    idle_seconds: float = Field(
+        120, gt=0, description="A text that nothing comes for in so long gives its memory back."
+    )
     heartbeat_seconds: float = Field(
         5, gt=0, description="How often the server and its clients say that they are there."
     )

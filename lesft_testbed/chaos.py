@@ -1,9 +1,9 @@
 """`lesft-testbed chaos`: whatever is killed or cut, the same adapters must come out."""
 
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
+from lesft.commands import say
 from lesft.errors import InternalError, InvalidInput
 from lesft_testbed.chaos_plan import make_plan
 from lesft_testbed.chaos_result import (
@@ -22,7 +22,7 @@ _MODEL, _DATA, _CHAOS, _UNDISTURBED = "model", "data.jsonl", "chaos", "undisturb
 _OURS = (CHAOS_FILE, _MODEL, _DATA, _CHAOS, _UNDISTURBED)
 
 
-def run_chaos(settings: ChaosSettings, say: Callable[[str], None]) -> str:
+def chaos(settings: ChaosSettings) -> str:
     """Run undisturbed, then with faults, compare, and return what to print.
 
     The undisturbed run goes first: it tells how long a round takes, and if it fails, no fault is

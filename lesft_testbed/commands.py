@@ -12,6 +12,7 @@ from lesft.spec import RunOptions
 from lesft_testbed.settings import RunSettings
 
 _ANY_PORT = "127.0.0.1:0"
+_MOST_TOKENS_OF_AN_ANSWER = 160
 _NO_MORE: Mapping[str, Any] = {}
 
 
@@ -85,6 +86,41 @@ def client_command(
         "progress": "lines",
     }
     return [_program("lesft-client"), "train", *_options({**own, **more})]
+
+
+def evaluate_command(
+    settings: RunSettings, model: str, state: Path, server: str, output: Path, untuned: bool
+) -> list[str]:
+    """`lesft-client evaluate` on test questions, by the client of `state` or as before training."""
+    own = {
+        **_answering(settings, model, server),
+        "benchmark": settings.data,
+        "data_seed": settings.seed,
+        "questions": settings.questions,
+        "output": output,
+        "max_tokens": _MOST_TOKENS_OF_AN_ANSWER,
+        "progress": "lines",
+    }
+    which = ["--untuned"] if untuned else [f"--state={state}"]
+    return [_program("lesft-client"), "evaluate", *_options(own), *which]
+
+
+def serve_command(settings: RunSettings, model: str, state: Path, server: str) -> list[str]:
+    """`lesft-client serve` by the client of `state`."""
+    own = {**_answering(settings, model, server), "state": state}
+    return [_program("lesft-client"), "serve", *_options(own)]
+
+
+def _answering(settings: RunSettings, model: str, server: str) -> dict[str, Any]:
+    return {
+        "server": server,
+        "model": model,
+        "weights": settings.weights,
+        "cache": settings.cache,
+        "device": settings.device,
+        "precision": settings.precision,
+        "threads": settings.client_threads,
+    }
 
 
 def _program(name: str) -> str:

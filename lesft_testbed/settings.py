@@ -44,6 +44,11 @@ class RunSettings(CacheSettings, RunOptions):
     held_out: int = Field(
         4, ge=0, description="Held-out samples that each client scores before and after."
     )
+    questions: int = Field(
+        16,
+        ge=0,
+        description="Test questions to answer before and after, for the accuracy; 0: none.",
+    )
     rounds: int = Field(
         0, ge=0, description="Number of rounds, one optimizer step each; 0 derives it from epochs."
     )
@@ -85,6 +90,15 @@ class RunSettings(CacheSettings, RunOptions):
         """The rounds to train: as asked, or as many as the epochs fill."""
         drawn_per_round = self.accumulation * self.batch_size
         return self.rounds or self.samples * self.epochs // drawn_per_round
+
+
+class ServeSettings(ServiceSettings):
+    """Offer the result of a run as an OpenAI-compatible endpoint, by a server and a client."""
+
+    model_config = SettingsConfigDict(env_prefix="LESFT_TESTBED_")
+
+    output: Path = Field(Path("runs/testbed"), description="Folder of the finished run.")
+    listen: str = Field("127.0.0.1:8000", description="HOST:PORT of the endpoint.")
 
 
 class ChaosSettings(ServiceSettings):

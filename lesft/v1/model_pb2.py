@@ -23,23 +23,30 @@ _sym_db = _symbol_database.Default()
 
 
 from lesft.v1 import run_pb2 as lesft_dot_v1_dot_run__pb2
+from lesft.v1 import tensor_pb2 as lesft_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14lesft/v1/model.proto\x12\x08lesft.v1\x1a\x12lesft/v1/run.proto\".\n\x12\x44\x65scribeRunRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"`\n\x13\x44\x65scribeRunResponse\x12\x1f\n\x04spec\x18\x01 \x01(\x0b\x32\x11.lesft.v1.RunSpec\x12\x13\n\x0b\x63onfig_json\x18\x02 \x01(\t\x12\x13\n\x0b\x66ront_bytes\x18\x03 \x01(\x04\"D\n\x11\x46\x65tchFrontRequest\x12\x19\n\x11\x66ront_fingerprint\x18\x01 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\"G\n\x12\x46\x65tchFrontResponse\x12\x14\n\x0coffset_bytes\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\x32\xa5\x01\n\x0cModelService\x12J\n\x0b\x44\x65scribeRun\x12\x1c.lesft.v1.DescribeRunRequest\x1a\x1d.lesft.v1.DescribeRunResponse\x12I\n\nFetchFront\x12\x1b.lesft.v1.FetchFrontRequest\x1a\x1c.lesft.v1.FetchFrontResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14lesft/v1/model.proto\x12\x08lesft.v1\x1a\x12lesft/v1/run.proto\x1a\x15lesft/v1/tensor.proto\".\n\x12\x44\x65scribeRunRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"u\n\x13\x44\x65scribeRunResponse\x12\x1f\n\x04spec\x18\x01 \x01(\x0b\x32\x11.lesft.v1.RunSpec\x12\x13\n\x0b\x63onfig_json\x18\x02 \x01(\t\x12\x13\n\x0b\x66ront_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bmax_context\x18\x04 \x01(\r\"D\n\x11\x46\x65tchFrontRequest\x12\x19\n\x11\x66ront_fingerprint\x18\x01 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\"G\n\x12\x46\x65tchFrontResponse\x12\x14\n\x0coffset_bytes\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\"Y\n\x13\x46\x65tchAdapterRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x18\n\x10spec_fingerprint\x18\x02 \x01(\t\x12\x0e\n\x06rounds\x18\x03 \x01(\r\"l\n\x14\x46\x65tchAdapterResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.lesft.v1.AdapterHeaderH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.lesft.v1.ChunkH\x00\x42\x07\n\x05piece\"\x96\x01\n\rAdapterHeader\x12$\n\x06\x62undle\x18\x01 \x01(\x0b\x32\x14.lesft.v1.BundleInfo\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x18\n\x10spec_fingerprint\x18\x03 \x01(\t\x12\x11\n\tcut_layer\x18\x04 \x01(\r\x12\x0e\n\x06rounds\x18\x05 \x01(\r\x12\x12\n\nnum_layers\x18\x06 \x01(\r2\xf6\x01\n\x0cModelService\x12J\n\x0b\x44\x65scribeRun\x12\x1c.lesft.v1.DescribeRunRequest\x1a\x1d.lesft.v1.DescribeRunResponse\x12I\n\nFetchFront\x12\x1b.lesft.v1.FetchFrontRequest\x1a\x1c.lesft.v1.FetchFrontResponse0\x01\x12O\n\x0c\x46\x65tchAdapter\x12\x1d.lesft.v1.FetchAdapterRequest\x1a\x1e.lesft.v1.FetchAdapterResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lesft.v1.model_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DESCRIBERUNREQUEST']._serialized_start=54
-  _globals['_DESCRIBERUNREQUEST']._serialized_end=100
-  _globals['_DESCRIBERUNRESPONSE']._serialized_start=102
-  _globals['_DESCRIBERUNRESPONSE']._serialized_end=198
-  _globals['_FETCHFRONTREQUEST']._serialized_start=200
-  _globals['_FETCHFRONTREQUEST']._serialized_end=268
-  _globals['_FETCHFRONTRESPONSE']._serialized_start=270
-  _globals['_FETCHFRONTRESPONSE']._serialized_end=341
-  _globals['_MODELSERVICE']._serialized_start=344
-  _globals['_MODELSERVICE']._serialized_end=509
+  _globals['_DESCRIBERUNREQUEST']._serialized_start=77
+  _globals['_DESCRIBERUNREQUEST']._serialized_end=123
+  _globals['_DESCRIBERUNRESPONSE']._serialized_start=125
+  _globals['_DESCRIBERUNRESPONSE']._serialized_end=242
+  _globals['_FETCHFRONTREQUEST']._serialized_start=244
+  _globals['_FETCHFRONTREQUEST']._serialized_end=312
+  _globals['_FETCHFRONTRESPONSE']._serialized_start=314
+  _globals['_FETCHFRONTRESPONSE']._serialized_end=385
+  _globals['_FETCHADAPTERREQUEST']._serialized_start=387
+  _globals['_FETCHADAPTERREQUEST']._serialized_end=476
+  _globals['_FETCHADAPTERRESPONSE']._serialized_start=478
+  _globals['_FETCHADAPTERRESPONSE']._serialized_end=586
+  _globals['_ADAPTERHEADER']._serialized_start=589
+  _globals['_ADAPTERHEADER']._serialized_end=739
+  _globals['_MODELSERVICE']._serialized_start=742
+  _globals['_MODELSERVICE']._serialized_end=988
 # @@protoc_insertion_point(module_scope)

@@ -6,6 +6,7 @@ How a client gets the run's settings and its part of the model."""
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from lesft.v1 import run_pb2 as _run_pb2
+from lesft.v1 import tensor_pb2 as _tensor_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -48,10 +49,13 @@ class DescribeRunResponse(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     CONFIG_JSON_FIELD_NUMBER: _builtins.int
     FRONT_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_CONTEXT_FIELD_NUMBER: _builtins.int
     config_json: _builtins.str
     """The model's config.json, UTF-8 JSON."""
     front_bytes: _builtins.int
     """Length of the front's safetensors file in bytes."""
+    max_context: _builtins.int
+    """Most tokens of one text with its prompt that the server decodes."""
     @_builtins.property
     def spec(self) -> _run_pb2.RunSpec:
         """The run spec."""
@@ -62,10 +66,11 @@ class DescribeRunResponse(_message.Message):
         spec: _run_pb2.RunSpec | None = ...,
         config_json: _builtins.str = ...,
         front_bytes: _builtins.int = ...,
+        max_context: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "front_bytes", b"front_bytes", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "front_bytes", b"front_bytes", "max_context", b"max_context", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -128,3 +133,112 @@ class FetchFrontResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FetchFrontResponse: _TypeAlias = FetchFrontResponse  # noqa: Y015
+
+@_typing.final
+class FetchAdapterRequest(_message.Message):
+    """Asks for the server's half of the adapter; what the client's half is of must be the same."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    SPEC_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    ROUNDS_FIELD_NUMBER: _builtins.int
+    protocol_version: _builtins.int
+    """Version of this protocol that the client speaks."""
+    spec_fingerprint: _builtins.str
+    """Fingerprint of the run spec that the client's half was trained with."""
+    rounds: _builtins.int
+    """Rounds of training that are in the client's half."""
+    def __init__(
+        self,
+        *,
+        protocol_version: _builtins.int = ...,
+        spec_fingerprint: _builtins.str = ...,
+        rounds: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["protocol_version", b"protocol_version", "rounds", b"rounds", "spec_fingerprint", b"spec_fingerprint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchAdapterRequest: _TypeAlias = FetchAdapterRequest  # noqa: Y015
+
+@_typing.final
+class FetchAdapterResponse(_message.Message):
+    """The half: its header once, then the chunks of its bundle in order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def header(self) -> Global___AdapterHeader:
+        """What follows."""
+
+    @_builtins.property
+    def chunk(self) -> _tensor_pb2.Chunk:
+        """A piece of the bundle."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___AdapterHeader | None = ...,
+        chunk: _tensor_pb2.Chunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "piece", b"piece"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "piece", b"piece"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_piece: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_piece: _TypeAlias = _typing.Literal["piece", b"piece"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_piece) -> _WhichOneofReturnType_piece | None: ...
+
+Global___FetchAdapterResponse: _TypeAlias = FetchAdapterResponse  # noqa: Y015
+
+@_typing.final
+class AdapterHeader(_message.Message):
+    """What the server's half is of, and its bundle: for every layer from the cut on and each of its
+    adapted modules lora_A, float32 [rank, inputs], and lora_B, float32 [outputs, rank], under the
+    names that they have in the whole model.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    SPEC_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    CUT_LAYER_FIELD_NUMBER: _builtins.int
+    ROUNDS_FIELD_NUMBER: _builtins.int
+    NUM_LAYERS_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """Name of the run."""
+    spec_fingerprint: _builtins.str
+    """Fingerprint of its run spec."""
+    cut_layer: _builtins.int
+    """Number of decoder layers on the client; the half begins with the layer of this index."""
+    rounds: _builtins.int
+    """Rounds of training that are in it."""
+    num_layers: _builtins.int
+    """Decoder layers of the whole model; the half ends with the last of them."""
+    @_builtins.property
+    def bundle(self) -> _tensor_pb2.BundleInfo:
+        """The bundle."""
+
+    def __init__(
+        self,
+        *,
+        bundle: _tensor_pb2.BundleInfo | None = ...,
+        run_id: _builtins.str = ...,
+        spec_fingerprint: _builtins.str = ...,
+        cut_layer: _builtins.int = ...,
+        rounds: _builtins.int = ...,
+        num_layers: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "cut_layer", b"cut_layer", "num_layers", b"num_layers", "rounds", b"rounds", "run_id", b"run_id", "spec_fingerprint", b"spec_fingerprint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterHeader: _TypeAlias = AdapterHeader  # noqa: Y015

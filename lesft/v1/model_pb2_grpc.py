@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class ModelServiceStub:
-    """The central server as keeper of the base weights.
+    """The central server as keeper of the base weights and, once the run is finished, of its half of
+    the adapter.
     """
 
     def __init__(self, channel):
@@ -45,10 +46,16 @@ class ModelServiceStub:
                 request_serializer=lesft_dot_v1_dot_model__pb2.FetchFrontRequest.SerializeToString,
                 response_deserializer=lesft_dot_v1_dot_model__pb2.FetchFrontResponse.FromString,
                 _registered_method=True)
+        self.FetchAdapter = channel.unary_stream(
+                '/lesft.v1.ModelService/FetchAdapter',
+                request_serializer=lesft_dot_v1_dot_model__pb2.FetchAdapterRequest.SerializeToString,
+                response_deserializer=lesft_dot_v1_dot_model__pb2.FetchAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
-    """The central server as keeper of the base weights.
+    """The central server as keeper of the base weights and, once the run is finished, of its half of
+    the adapter.
     """
 
     def DescribeRun(self, request, context):
@@ -60,6 +67,13 @@ class ModelServiceServicer:
 
     def FetchFront(self, request, context):
         """The front's weights from a byte offset on, so that a cut download resumes where it ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FetchAdapter(self, request, context):
+        """The server's half of the finished adapter, where its operator allows that.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -78,6 +92,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     request_deserializer=lesft_dot_v1_dot_model__pb2.FetchFrontRequest.FromString,
                     response_serializer=lesft_dot_v1_dot_model__pb2.FetchFrontResponse.SerializeToString,
             ),
+            'FetchAdapter': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchAdapter,
+                    request_deserializer=lesft_dot_v1_dot_model__pb2.FetchAdapterRequest.FromString,
+                    response_serializer=lesft_dot_v1_dot_model__pb2.FetchAdapterResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'lesft.v1.ModelService', rpc_method_handlers)
@@ -87,7 +106,8 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService:
-    """The central server as keeper of the base weights.
+    """The central server as keeper of the base weights and, once the run is finished, of its half of
+    the adapter.
     """
 
     @staticmethod
@@ -134,6 +154,33 @@ class ModelService:
             '/lesft.v1.ModelService/FetchFront',
             lesft_dot_v1_dot_model__pb2.FetchFrontRequest.SerializeToString,
             lesft_dot_v1_dot_model__pb2.FetchFrontResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lesft.v1.ModelService/FetchAdapter',
+            lesft_dot_v1_dot_model__pb2.FetchAdapterRequest.SerializeToString,
+            lesft_dot_v1_dot_model__pb2.FetchAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ModelServiceStub:
-    """The central server as keeper of the base weights."""
+    """The central server as keeper of the base weights and, once the run is finished, of its half of
+    the adapter.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -37,19 +39,27 @@ class ModelServiceStub:
     """What the run is and which front it needs. Answers before any session is open."""
     FetchFront: _grpc.UnaryStreamMultiCallable[_model_pb2.FetchFrontRequest, _model_pb2.FetchFrontResponse]
     """The front's weights from a byte offset on, so that a cut download resumes where it ended."""
+    FetchAdapter: _grpc.UnaryStreamMultiCallable[_model_pb2.FetchAdapterRequest, _model_pb2.FetchAdapterResponse]
+    """The server's half of the finished adapter, where its operator allows that."""
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
-    """The central server as keeper of the base weights."""
+    """The central server as keeper of the base weights and, once the run is finished, of its half of
+    the adapter.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     DescribeRun: _aio.UnaryUnaryMultiCallable[_model_pb2.DescribeRunRequest, _model_pb2.DescribeRunResponse]  # type: ignore[assignment]
     """What the run is and which front it needs. Answers before any session is open."""
     FetchFront: _aio.UnaryStreamMultiCallable[_model_pb2.FetchFrontRequest, _model_pb2.FetchFrontResponse]  # type: ignore[assignment]
     """The front's weights from a byte offset on, so that a cut download resumes where it ended."""
+    FetchAdapter: _aio.UnaryStreamMultiCallable[_model_pb2.FetchAdapterRequest, _model_pb2.FetchAdapterResponse]  # type: ignore[assignment]
+    """The server's half of the finished adapter, where its operator allows that."""
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The central server as keeper of the base weights."""
+    """The central server as keeper of the base weights and, once the run is finished, of its half of
+    the adapter.
+    """
 
     @_abc_1.abstractmethod
     def DescribeRun(
@@ -66,5 +76,13 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_pb2.FetchFrontResponse], _abc.AsyncIterator[_model_pb2.FetchFrontResponse]]:
         """The front's weights from a byte offset on, so that a cut download resumes where it ended."""
+
+    @_abc_1.abstractmethod
+    def FetchAdapter(
+        self,
+        request: _model_pb2.FetchAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_model_pb2.FetchAdapterResponse], _abc.AsyncIterator[_model_pb2.FetchAdapterResponse]]:
+        """The server's half of the finished adapter, where its operator allows that."""
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

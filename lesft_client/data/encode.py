@@ -73,11 +73,18 @@ def encode_prompt(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> list[int
     and the special tokens that the tokenizer puts in front.
     """
     if tokenizer.chat_template is None:
-        ids: list[int] = tokenizer.encode(f"{prompt}\n\n", add_special_tokens=True)
-        # Some tokenizers are set to close every text, but this one goes on.
-        return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
-    text = _render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+        return encode_text(f"{prompt}\n\n", tokenizer)
+    text = render_turns(
+        tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True
+    )
     return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def encode_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Token ids of a text that the model is to go on with, behind the tokenizer's opening ones."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=True)
+    # Some tokenizers are set to close every text, but this one goes on.
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def end_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -92,7 +99,7 @@ def end_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
             {"role": "user", "content": "user-text"},
             {"role": "assistant", "content": _ASSISTANT_TEXT},
         ]
-        _, _, tail = _render(tokenizer, turns, add_generation_prompt=False).rpartition(
+        _, _, tail = render_turns(tokenizer, turns, add_generation_prompt=False).rpartition(
             _ASSISTANT_TEXT
         )
         for token_id in tokenizer.encode(tail, add_special_tokens=False):
@@ -107,9 +114,10 @@ def end_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _render(
+def render_turns(
     tokenizer: "PreTrainedTokenizerBase", turns: list[dict[str, str]], add_generation_prompt: bool
 ) -> str:
+    """A conversation as the tokenizer's chat template words it."""
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:
         template = _FIXED_DATE + template

@@ -2,9 +2,15 @@
 
 from typing import Literal
 
-from lesft_client.data.answers import MARK
+from lesft_client.data.answers import MARK, plain_answer
 
 AnswerKind = Literal["number", "letter of the right choice"]
+
+_CONSULT = (
+    "Consult the standard answer to the following question, then give your own answer to it "
+    "step by step.\n\n"
+)
+_STANDARD_ANSWER = "\n\n### Standard answer:\n"
 
 
 def base_prompt(question: str, kind: AnswerKind) -> str:
@@ -17,12 +23,20 @@ def base_prompt(question: str, kind: AnswerKind) -> str:
 
 def reference_prompt(question: str, standard_answer: str) -> str:
     """The user's message of the reference path: the same question with the ground truth."""
-    return (
-        "Consult the standard answer to the following question, then give your own answer to it "
-        "step by step.\n\n"
-        f"### Question:\n{question}\n\n"
-        f"### Standard answer:\n{standard_answer}"
-    )
+    return f"{_CONSULT}### Question:\n{question}{_STANDARD_ANSWER}{standard_answer}"
+
+
+def with_solution(reference: str, answer: str, solution: str) -> str:
+    """The reference prompt with a worked solution where it showed the answer alone.
+
+    A prompt that shows more than the answer, or is not worded by `reference_prompt`, stays as it
+    is.
+    """
+    head, _, shown = reference.rpartition(_STANDARD_ANSWER)
+    answer_alone = "\n" not in shown and MARK not in shown and plain_answer(shown) == answer
+    if not head.startswith(_CONSULT) or not answer_alone:
+        return reference
+    return f"{head}{_STANDARD_ANSWER}{solution}"
 
 
 def with_choices(question: str, choices: dict[str, str]) -> str:

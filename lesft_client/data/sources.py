@@ -90,14 +90,14 @@ def _samples(kind: str, rows: Iterable[Row], explanations: Iterable[Row]) -> lis
 
 
 def _from_folder(folder: Path, split: Split) -> list[Sample]:
-    kind = _kind_of(folder)
+    kind = kind_of(folder)
     explanations = folder / _EXPLANATIONS
     explained = kind == "commonsense_qa" and split == "train" and explanations.is_file()
     rows = read_rows(folder / _FILES[kind][split])
     return _samples(kind, rows, read_rows(explanations) if explained else ())
 
 
-def _kind_of(folder: Path) -> str:
+def kind_of(folder: Path) -> str:
     """Which data set a folder holds, told by its files' names and their first rows' fields."""
     for kind, files in _FILES.items():
         for path in (folder / name for name in files.values()):

@@ -401,8 +401,8 @@ def test_a_command_that_does_not_exist_is_refused_with_those_that_do(
     assert caught.value.code == 2
     first, _, rest = capsys.readouterr().err.partition("\n")
     assert first == "lesft-client: unknown command 'foo'"
-    assert "  train   fine-tune together" in rest
-    assert "  data    write the samples" in rest
+    assert "  train     fine-tune together" in rest
+    assert "  data      write the samples" in rest
 
 
 # ---------------------------------------------------------------------- help
@@ -461,8 +461,8 @@ def test_the_clients_help_names_its_commands(capsys: pytest.CaptureFixture[str])
         main(argv)
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] == texts[2]
-    assert "  train   fine-tune together" in texts[0]
-    assert "  data    write the samples" in texts[0]
+    assert "  train     fine-tune together" in texts[0]
+    assert "  data      write the samples" in texts[0]
 
 
 MODULES = {
@@ -471,6 +471,10 @@ MODULES = {
     "lesft-client": "lesft_client.main",
     "lesft-client train": "lesft_client.main",
     "lesft-client data": "lesft_client.main",
+    "lesft-client generate": "lesft_client.main",
+    "lesft-client serve": "lesft_client.main",
+    "lesft-client evaluate": "lesft_client.main",
+    "lesft-client distill": "lesft_client.main",
 }
 
 

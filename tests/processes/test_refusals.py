@@ -82,6 +82,11 @@ def options(values: dict[str, Any]) -> list[str]:
 # ---------------------------------------------------------------------- exit statuses
 
 
+def let_train_be(monkeypatch: pytest.MonkeyPatch, run: Callable[[], None]) -> None:
+    monkeypatch.setattr("lesft.commands.load_settings", lambda *_: None)
+    monkeypatch.setattr("lesft_client.train.train", lambda _: run())
+
+
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
@@ -98,10 +103,10 @@ def test_the_clients_status_tells_whose_fault_it_was(
     status: int,
     message: str,
 ) -> None:
-    def fail(argv: list[str]) -> None:
+    def fail() -> None:
         raise error
 
-    monkeypatch.setattr("lesft_client.main._train", lambda argv: lambda: fail(argv))
+    let_train_be(monkeypatch, fail)
     assert refused(client_main, ["train"], capsys) == (status, f"lesft-client: {message}")
 
 
@@ -111,7 +116,7 @@ def test_sigterm_is_the_same_as_ctrl_c_to_a_client(
     def stop() -> None:
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("lesft_client.main._train", lambda argv: stop)
+    let_train_be(monkeypatch, stop)
     assert refused(client_main, ["train"], capsys) == (130, "lesft-client: stopped")
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load, load_file
 
+from lesft.adapter_halves import load_half
 from tests.processes.harness import (
     Launcher,
     Service,
@@ -81,9 +82,10 @@ def test_two_clients_train_to_the_end_after_one_of_them_was_stopped_while_it_wai
     adapter = load_file(a.state / "adapter.safetensors")
     data = (a.state / "adapter.safetensors").read_bytes()
     assert (b.state / "adapter.safetensors").read_bytes() == data
-    assert {result["adapter_sha256"] for result in results} == {hashlib.sha256(data).hexdigest()}
     assert {result["adapter_version"] for result in results} == {2}
-    published = load(get(aggregator, "/v1/adapters/2/file").content)
+    file = get(aggregator, "/v1/adapters/2/file").content
+    assert {result["adapter_sha256"] for result in results} == {hashlib.sha256(file).hexdigest()}
+    published = load(file)
     assert published.keys() == adapter.keys()
     assert all(torch.equal(published[name], adapter[name]) for name in adapter)
 
@@ -94,7 +96,10 @@ def test_two_clients_train_to_the_end_after_one_of_them_was_stopped_while_it_wai
         losses = [result["loss_by_round"][record["round"]] for result in results]
         mean = share * losses[0] + (1 - share) * losses[1]
         assert record["loss"] == pytest.approx(mean, rel=1e-6)
-    assert (server.state / "adapter.safetensors").is_file()
+    halves = [load_half(service.state).info for service in (a, server)]
+    assert [(half.side, half.rounds) for half in halves] == [("front", 4), ("back", 4)]
+    assert halves[0].spec_fingerprint == halves[1].spec_fingerprint
+    assert (a.state / "run_spec.json").read_bytes() == (server.state / "run_spec.json").read_bytes()
 
     for result in results:
         assert (result["round"], result["rounds"]) == (4, 4)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from safetensors.numpy import load_file
 
 from lesft_testbed.chaos_run import PORTS, free_addresses
 from tests.processes.harness import make_samples, write_samples
@@ -220,9 +221,7 @@ class Run:
         newest = self.ask("aggregator", "/v1/run")["version"]
         return Outcome(
             adapters={
-                name: hashlib.sha256(
-                    (self.folder / name / "adapter.safetensors").read_bytes()
-                ).hexdigest()
+                name: _tensors_digest(self.folder / name / "adapter.safetensors")
                 for name in ("server", *CLIENTS)
             },
             losses={name: result["loss_by_round"] for name, result in results.items()},
@@ -296,3 +295,11 @@ def new_run(zygote: Zygote, folder: Path, model: Path, **options: Any) -> Iterat
         yield run
     finally:
         run.end()
+
+
+def _tensors_digest(file: Path) -> str:
+    """Over the tensors alone: the file also names the run's settings."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(file).items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + tensor.tobytes())
+    return digest.hexdigest()

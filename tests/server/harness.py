@@ -36,7 +36,9 @@ from tests.harness import (
 )
 from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
 
-SERVICES = ("", "lesft.v1.TrainingService", "lesft.v1.ModelService")
+SERVICES = (
+    *("", "lesft.v1.TrainingService", "lesft.v1.ModelService", "lesft.v1.InferenceService"),
+)
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,18 @@ def test_the_bodies_follow_a_run_from_its_start_to_its_end(
     assert server.engine.run.lineage == ""
     assert http.get("/v1/clients").json() == []
     assert http.get("/v1/rounds").json() == []
-    assert metrics(http) == {"lesft_server_rounds_total": 0.0, "lesft_server_clients": 0.0}
+    nothing_written = {
+        "lesft_server_sequences": 0.0,
+        "lesft_server_cache_bytes_reserved": 0.0,
+        "lesft_server_decoded_tokens_total": 0.0,
+        "lesft_server_decode_batches_total": 0.0,
+        "lesft_server_decode_steps_total": 0.0,
+    }
+    assert metrics(http) == {
+        "lesft_server_rounds_total": 0.0,
+        "lesft_server_clients": 0.0,
+        **nothing_written,
+    }
     assert http.get("/readyz").text == "ok\n"
 
     with Crew(server, model, SAMPLES) as crew:
@@ -161,6 +172,7 @@ def test_the_bodies_follow_a_run_from_its_start_to_its_end(
             "lesft_server_clients": 2.0,
             "lesft_server_loss": pytest.approx(by_share(first, "loss"), rel=1e-12),
             "lesft_server_round_seconds": pytest.approx(seconds),
+            **nothing_written,
         }
         second = crew.train_round(1)
         assert by_share(second, "loss") != by_share(first, "loss")
@@ -405,7 +417,7 @@ def test_a_wrong_request_gets_its_status_and_an_error_body(what: str, http: http
 def test_the_description_lists_every_path(http: httpx.Client) -> None:
     assert set(http.get("/openapi.json").json()["paths"]) == {
         *("/healthz", "/readyz", "/metrics"),
-        *("/v1/run", "/v1/clients", "/v1/rounds"),
+        *("/v1/run", "/v1/clients", "/v1/rounds", "/v1/generation"),
         *("/v1/pause", "/v1/resume", "/v1/checkpoint", "/v1/stop", "/v1/clients/{client_id}"),
     }
 
@@ -452,6 +464,7 @@ def test_reflection_names_our_services_and_describes_them(
     assert {service.name for service in listed.list_services_response.service} == {
         "lesft.v1.TrainingService",
         "lesft.v1.ModelService",
+        "lesft.v1.InferenceService",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }

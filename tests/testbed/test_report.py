@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lesft_testbed.picture import draw_loss
-from lesft_testbed.report import Report, make_report, summary, write_report
+from lesft_testbed.report import Accuracy, Report, make_report, summary, write_report
 
 SPEC = {"model_name": "tiny", "clients": 2, "cut_layer": 1, "seed": 5}
 ROUNDS: list[dict[str, Any]] = [
@@ -41,6 +41,10 @@ def report() -> Report:
         12,
         ROUNDS,
         [result(1), result(3)],
+        {
+            "before": Accuracy(questions=8, accuracy=0.25, interval=(0.07, 0.59)),
+            "after": Accuracy(questions=8, accuracy=0.5, interval=(0.22, 0.78)),
+        },
         {"starting": 1.0, "total": 9.0},
         {"server": 5 << 20, "client-0": 3 << 19},
     )
@@ -67,17 +71,21 @@ def test_the_report_adds_up_what_the_services_measured(report: Report) -> None:
     }
     assert report.peak_rss_mib == {"server": 5.0, "client-0": 1.5}
     assert report.versions["torch"]
-    assert report.accuracy_before is None
+    assert (report.accuracy_before, report.accuracy_after) == (0.25, 0.5)
+    assert report.accuracy_questions == 8
+    assert report.accuracy_interval_after == (0.22, 0.78)
 
 
 def test_a_run_without_held_out_samples_has_no_held_out_figures() -> None:
     results = [result(1)]
     for name in ("held_out_before", "held_out_after"):
         results[0][name] = {"nll_sum": 0.0, "tokens": 0}
-    report = make_report(SPEC, "d", 1, ROUNDS, results, {"starting": 0.5, "total": 1.0}, {})
+    report = make_report(SPEC, "d", 1, ROUNDS, results, {}, {"starting": 0.5, "total": 1.0}, {})
     assert report.heldout_nll_before is None
     assert report.heldout_nll_after is None
     assert "held-out" not in summary(report, Path("out"))
+    assert "accuracy" not in summary(report, Path("out"))
+    assert (report.accuracy_before, report.accuracy_after) == (None, None)
 
 
 def test_what_is_written_says_the_same_everywhere(report: Report, tmp_path: Path) -> None:
@@ -85,6 +93,12 @@ def test_what_is_written_says_the_same_everywhere(report: Report, tmp_path: Path
     assert Report(**json.loads((tmp_path / "report.json").read_text())) == report
     page = (tmp_path / "report.md").read_text()
     assert "| held-out -log P per target token | 3.0000 | 0.5000 |" in page
+    assert (
+        "| accuracy on 8 test questions, 95% interval | 25% (7% to 59%) | 50% (22% to 78%) |"
+        in page
+    )
+    line = "accuracy, 8 test questions         25% -> 50%   (95%: 7% to 59% -> 22% to 78%)"
+    assert line in summary(report, tmp_path)
     assert "| activations base | 4 bytes | 40 bytes |" in page
     assert "| client-0 | 2 |" in page
     assert "![Loss by round](loss.png)" in page

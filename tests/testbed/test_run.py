@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import torch
@@ -33,12 +34,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_samples(tmp_path_factory.mktemp("data") / "data.jsonl", make_samples(50))
+    samples = [{**sample, "answer": sample["target"][6:-1]} for sample in make_samples(50)]
+    return write_samples(tmp_path_factory.mktemp("data") / "data.jsonl", samples)
 
 
 @contextmanager
 def running_testbed(model: Path, data: Path, output: Path, *options: str) -> Iterator[Process]:
     """The command, which is gone when the block ends, with all that it started."""
+    if not any(option.startswith("--questions") for option in options):
+        options = (*options, "--questions=0")
     process = Process(
         "lesft-testbed",
         "run",
@@ -92,14 +96,19 @@ def test_a_run_leaves_report_picture_logs_and_an_adapter_that_reproduces_its_fig
     output = tmp_path / "out"
     output.mkdir()
     (output / "report.json").write_text("an earlier run's")
-    options = ("--rounds=6", "--optimizer.learning-rate=0.02", "--lora.dropout=0")
+    options = (
+        *("--rounds=6", "--optimizer.learning-rate=0.02", "--lora.dropout=0"),
+        "--questions=3",
+    )
     with running_testbed(model, data, output, *options) as process:
         assert process.wait() == 0, process.output
         assert services_of(output) == []
 
     names = {path.name for path in output.iterdir()}
     logs = {"server.log", "aggregator.log", "client-0.log", "client-1.log"}
-    assert names == {"report.json", "report.md", "loss.png", "adapter", "state", *logs}
+    logs |= {"accuracy-before.log", "accuracy-after.log"}
+    results = {"report.json", "report.md", "loss.png", "adapter", "serve.json"}
+    assert names == {*results, "state", *logs}
 
     report = json.loads((output / "report.json").read_text())
     assert (report["clients"], report["rounds"], report["cut_layer"]) == (CLIENTS, 6, 1)
@@ -110,6 +119,12 @@ def test_a_run_leaves_report_picture_logs_and_an_adapter_that_reproduces_its_fig
     assert set(report["wire"]) == KINDS
     base = report["wire"]["activations_base"]["up"]
     assert report["wire"]["gradients"] == {"up": 0, "down": base}
+    assert report["accuracy_questions"] == 3
+    for when in ("before", "after"):
+        evaluation = output / "state" / f"accuracy-{when}" / "evaluation.json"
+        figures = json.loads(evaluation.read_text())
+        assert report[f"accuracy_{when}"] == figures["accuracy"]
+        assert ("untuned" in figures["model"]) == (when == "before")
     assert set(report["peak_rss_mib"]) == {"server", "aggregator", "client-0", "client-1"}
     assert all(peak > 20 for peak in report["peak_rss_mib"].values())
     assert 0 < report["seconds"]["training"] < report["seconds"]["total"]
@@ -118,12 +133,46 @@ def test_a_run_leaves_report_picture_logs_and_an_adapter_that_reproduces_its_fig
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     before = held_out_nll(whole, tokenizer, data)
     tuned = PeftModel.from_pretrained(whole, output / "adapter")
+    card = (output / "adapter" / "README.md").read_text()
+    assert f'base_model: "{model.name}"' in card
+    assert f"Of all {CLIENTS} clients." in card
+    first, last = report["loss_by_round"][0], report["loss_by_round"][-1]
+    assert f"| training loss, first and last round | {first:.4f}, {last:.4f} |" in card
     assert report["heldout_nll_before"] == pytest.approx(before, abs=1e-4)
     assert report["heldout_nll_after"] == pytest.approx(
         held_out_nll(tuned, tokenizer, data), abs=1e-4
     )
     assert report["heldout_nll_after"] < report["heldout_nll_before"]
     assert f"{output}/adapter" in process.output
+    assert f"use it:  lesft-testbed serve --output {output}" in process.output
+
+    prompt = "Add 3 and 6.\n\n"
+    with serving(output) as address:
+        asked = {"model": model.name, "prompt": prompt, "max_tokens": 8, "temperature": 0}
+        answer = httpx.post(f"{address}/completions", json=asked, timeout=30).json()
+    ids = torch.tensor([tokenizer.encode(prompt)])
+    with torch.no_grad():
+        written = tuned.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+    expected = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+    assert answer["choices"][0]["text"] == expected
+
+
+@contextmanager
+def serving(output: Path) -> Iterator[str]:
+    """The endpoint of a finished run, and its address."""
+    arguments = ("serve", f"--output={output}", "--listen=127.0.0.1:0")
+    process = Process("lesft-testbed", *arguments, cwd=output.parent)
+    try:
+        line = process.wait_for_line("ready: http://")
+        yield line.split()[1]
+        process.signal(signal.SIGINT)
+        assert process.wait() == 130
+        assert services_of(output) == []
+    finally:
+        services = services_of(output)
+        process.end()
+        for service in services:
+            service.kill()
 
 
 def test_when_one_client_dies_the_testbed_names_it_and_ends_all_others(

@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from lesft.adapters import attach_lora, lora_parameters
-from lesft.back import Back, Precision
+from lesft.back import Back
 from lesft.cohort_batch import Part
+from lesft.device import Precision
 from lesft.micro_batch import MicroBatch, Path, StepKey, Targets
 from lesft.spec import LossSpec, RunSpec
 from lesft.weights import Checkpoint, load_back

@@ -27,6 +27,7 @@ from lesft.errors import (
     InternalError,
     InvalidInput,
     LesftError,
+    NotAllowed,
     NotFound,
     OutOfOrder,
     RunStopped,
@@ -55,7 +56,7 @@ class Unlisted(DataError):
 
 def test_the_table_has_every_error_and_nothing_else() -> None:
     assert set(STATUS) == set(KINDS)
-    assert len(KINDS) == 14
+    assert len(KINDS) == 16
 
 
 def test_both_statuses_say_the_same() -> None:
@@ -65,7 +66,8 @@ def test_both_statuses_say_the_same() -> None:
         StatusCode.FAILED_PRECONDITION: {409, 412},
         StatusCode.ALREADY_EXISTS: {409},
         StatusCode.NOT_FOUND: {404},
-        StatusCode.RESOURCE_EXHAUSTED: {413},
+        StatusCode.RESOURCE_EXHAUSTED: {413, 503},
+        StatusCode.PERMISSION_DENIED: {403},
         StatusCode.ABORTED: {410},
         StatusCode.UNAVAILABLE: {503},
         StatusCode.INTERNAL: {500},
@@ -84,6 +86,7 @@ BY_CODE = {
     StatusCode.ALREADY_EXISTS: AlreadyJoined,
     StatusCode.NOT_FOUND: NotFound,
     StatusCode.RESOURCE_EXHAUSTED: TooLarge,
+    StatusCode.PERMISSION_DENIED: NotAllowed,
     StatusCode.ABORTED: RunStopped,
     StatusCode.UNAVAILABLE: Unreachable,
     StatusCode.DEADLINE_EXCEEDED: Unreachable,

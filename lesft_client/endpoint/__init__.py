@@ -1,0 +1,1 @@
+"""The model behind OpenAI's HTTP API, for any program that speaks it."""
