@@ -10,6 +10,7 @@ D width, V vocabulary, H heads, K keys.
 """
 
 import copy
+import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def _forward(model: torch.nn.Module, name: str, steps: Sequence[Step]) -> list[t
         first_B = torch.tensor([max(ends) - end for end in ends])
         mask_BK = (torch.arange(max(ends)) >= first_B[:, None]).long().to(inputs.device)
     output = model(
-        **{name: inputs, _cache_argument(model): _CacheBatch(steps, past)},
+        **{name: inputs, _cache_argument(type(model)): _CacheBatch(steps, past)},  # type: ignore[arg-type]
         attention_mask=mask_BK,
         position_ids=positions_BQ.to(inputs.device),
         use_cache=True,
@@ -134,9 +135,10 @@ def _forward(model: torch.nn.Module, name: str, steps: Sequence[Step]) -> list[t
     return [row[longest - size :] for row, size in zip(hidden_BQD, sizes, strict=True)]
 
 
-def _cache_argument(model: torch.nn.Module) -> str:
+@functools.cache
+def _cache_argument(kind: type[torch.nn.Module]) -> str:
     """What the library calls the cache: `past_key_values` until 5.2x, `cache` since then."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 def _left_padded(tensor: torch.Tensor, length: int, dim: int) -> torch.Tensor:

@@ -105,6 +105,7 @@ def _split(settings: LanguageModelSettings) -> SplitModel:
     if half is not None:
         attach_lora(front, spec.lora, spec.seed, 0)
         load_lora_state(front, 0, half.tensors)
+    end_ids = _end_ids(tokenizer, json.loads(description.config_json))
     context = SplitContext(
         FrontDecoder(front, settings.precision),
         Connection(settings.server, settings.insecure),
@@ -115,11 +116,10 @@ def _split(settings: LanguageModelSettings) -> SplitModel:
         settings.stall_seconds,
         wire,
     )
-    config = json.loads(description.config_json)
     return SplitModel(
         context,
         tokenizer,
-        _end_ids(tokenizer, config),
+        end_ids,
         min(_max_length(front.config), description.max_context),
         settings.speculate,
     )

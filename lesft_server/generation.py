@@ -1,7 +1,6 @@
 """The sequences that clients are writing: their room in memory, and their steps in batches."""
 
 import asyncio
-import time
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, replace
 
@@ -242,17 +241,19 @@ class ServedSequence:
         self.rounds = rounds
         self.num_bytes = num_bytes
         self.cache = SequenceCache(generation.back.model.config)
-        self.opened = time.time()
         self.next_index = 0
-        self.length = 0
-        """Tokens with those that are held back."""
-        # Those that are certain to stay.
+        # Tokens that are there for good; then those of the last step where it had guesses: as many
+        # that were none, which wait with the guesses, and these.
         self._length = 0
-        self._guesses = 0
         self._certain = 0
-        """Tokens of the last step that were no guesses and wait with those that were."""
+        self._guesses = 0
 
-    def check_step(self, index: int, tokens: int, guesses: int, right_guesses: int) -> None:
+    @property
+    def length(self) -> int:
+        """Tokens with those that are held back."""
+        return self._length + self._certain + self._guesses
+
+    def check_step(self, index: int, tokens: int, right_guesses: int) -> None:
         """Refuse a step that is not due. Raises OutOfOrder or TooLarge."""
         if index != self.next_index:
             raise OutOfOrder(f"step {self.next_index} is due, got step {index}")
@@ -266,19 +267,16 @@ class ServedSequence:
                 f"the sequence was opened for {self.options.capacity} tokens, this step would make "
                 f"it {length}: open it with a larger capacity"
             )
-        assert guesses <= tokens
 
     async def decode(
         self, hidden_QD: torch.Tensor, guesses: int, right_guesses: int, question: Question
     ) -> Reply:
         """Add a checked step's tokens; what comes next. Raises HandshakeMismatch when Φ moved."""
         keep = self._certain + right_guesses
-        self._length += keep
+        certain = len(hidden_QD) - guesses
+        self._length += keep if guesses else keep + certain
+        self._certain, self._guesses = certain if guesses else 0, guesses
         self.next_index += 1
-        self._guesses, tokens = guesses, len(hidden_QD)
-        self._certain = tokens - guesses if guesses else 0
-        self._length += 0 if guesses else tokens
-        self.length = self._length + (tokens if guesses else 0)
         return await self._generation.decode(_Work(self, hidden_QD, guesses > 0, keep, question))
 
     def close(self) -> None:

@@ -37,13 +37,7 @@ def check_opening(opening: training_pb2.OpenSession, spec: RunSpec) -> None:
         theirs = getattr(opening.lora, name)
         theirs = tuple(theirs) if isinstance(ours, tuple) else theirs
         _check(f"lora.{name}", ours, theirs, "leave the client's LoRA options out")
-    _check(
-        "front_fingerprint",
-        spec.front_fingerprint,
-        opening.front_fingerprint,
-        "the client's weights or config are not the server's; let it fetch them with "
-        "--weights server",
-    )
+    _check_front_fingerprint(spec, opening.front_fingerprint)
     for name in ("activation_encoding", "gradient_encoding"):
         theirs = encoding_name(getattr(opening, name))
         _check(name, getattr(spec, name), theirs, f"leave the client's {name} out")
@@ -63,13 +57,7 @@ def check_sequence(
     """
     check_protocol_version(opening.protocol_version)
     _check("cut_layer", spec.cut_layer, opening.cut_layer, "ask the server for its run")
-    _check(
-        "front_fingerprint",
-        spec.front_fingerprint,
-        opening.front_fingerprint,
-        "the client's weights or config are not the server's; let it fetch them with "
-        "--weights server",
-    )
+    _check_front_fingerprint(spec, opening.front_fingerprint)
     theirs = encoding_name(opening.activation_encoding)
     _check("activation_encoding", spec.activation_encoding, theirs, "ask the server for its run")
     untuned = not opening.spec_fingerprint
@@ -135,6 +123,16 @@ def resume_point(
         f"checkpoint_rounds: server {first_round} to {next_key.round}, client {theirs}; give the "
         "client, or the server, the --state that it had before, or start everybody anew with "
         "--fresh"
+    )
+
+
+def _check_front_fingerprint(spec: RunSpec, theirs: str) -> None:
+    _check(
+        "front_fingerprint",
+        spec.front_fingerprint,
+        theirs,
+        "the client's weights or config are not the server's; let it fetch them with "
+        "--weights server",
     )
 
 

@@ -100,7 +100,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> Reply:
         config = self._generation.back.model.config
         question = question_of(step, config.vocab_size)
-        sequence.check_step(step.index, step.tokens, step.guesses, step.right_guesses)
+        sequence.check_step(step.index, step.tokens, step.right_guesses)
         reader = BundleReader(step.bundle, hidden_bytes(step.tokens, config.hidden_size))
         reader.add(step.chunk)
         while not reader.complete:

@@ -30,12 +30,6 @@ def endpoint(model: FakeLanguageModel) -> Iterator[Served]:
         yield running
 
 
-@pytest.fixture
-def client(endpoint: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="any", max_retries=0) as opened:
-        yield opened
-
-
 # ---------------------------------------------------------------------- models and completions
 
 

@@ -28,12 +28,6 @@ def endpoint(model: FakeLanguageModel) -> Iterator[Served]:
         yield running
 
 
-@pytest.fixture
-def client(endpoint: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="any", max_retries=0) as opened:
-        yield opened
-
-
 @pytest.mark.parametrize(
     ("changed", "param", "words"),
     [
