@@ -17,14 +17,16 @@ def export_adapter(
     spec: RunSpec,
     base_model: str = "",
     figures: Figures | None = None,
+    split: bool = True,
 ) -> None:
     """Join the halves in `folder`; `base_model` is where peft finds the base, by default its name.
 
-    Raises what `lesft.adapter_halves.join` does, with nothing written.
+    Without `split`, clients with the whole model have trained it, as the card then says. Raises
+    what `lesft.adapter_halves.join` does, with nothing written.
     """
     tensors = join(front, back)
     save_adapter(folder, tensors, spec.lora, base_model or spec.model_name)
-    card = model_card("adapter", card_name(base_model, spec), spec, figures)
+    card = model_card("adapter", card_name(base_model, spec), spec, figures, split)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 

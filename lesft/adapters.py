@@ -151,6 +151,11 @@ def num_layers(names: Iterable[str]) -> int:
     return 1 + max((int(n) for name in names for n in _LAYER.findall(name)), default=0)
 
 
+def layer_of(name: str) -> int:
+    """The layer that an adapter's tensor is of."""
+    return int(_LAYER.findall(name)[0])
+
+
 def name_at(name: str, layer: int) -> str:
     """The name that an adapter's tensor has in another layer."""
     return _LAYER.sub(str(layer), name, count=1)

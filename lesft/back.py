@@ -33,13 +33,18 @@ class Back:
         spec: RunSpec,
         precision: Precision = "fp32",
         logits_slice: int = 1024,
+        dropout_role: str = "server",
     ) -> None:
-        """`model` is frozen but for its adapters; logits are made `logits_slice` tokens a time."""
+        """`model` is frozen but for its adapters; logits are made `logits_slice` tokens a time.
+
+        Dropout is drawn by the role's name, beside the run's seed and the step.
+        """
         self.model = model
         self.spec = spec
         self.optimizer = Optimizer(lora_parameters(model), spec.optimizer, spec.rounds)
         self._precision = precision
         self._logits_slice = logits_slice
+        self._dropout_role = dropout_role
         self._untuned = False
 
     # ------------------------------------------------------------------ the training step
@@ -52,20 +57,25 @@ class Back:
         `Optimizer.step` raises.
         """
         loss = self.spec.loss
-        batch = CohortBatch(parts, self.model.device)  # step 3: S and S~ of all clients
+        # Step 3: S and S~ of all clients.
+        batch = CohortBatch(parts, self.model.device, self.spec.train_front)
         ids_T = batch.targets.ids_T
 
         reference_TD = reference_log_probs_T = None
         if batch.reference is not None:
             reference_TD = self._hidden(batch.reference, batch.targets, loss.trains_reference)
             reference_log_probs_T = self._log_probs(reference_TD, ids_T)
-        torch.manual_seed(derive_seed(self.spec.seed, "server", key.round, key.micro))
+        seed = derive_seed(self.spec.seed, self._dropout_role, key.round, key.micro)
+        torch.manual_seed(seed)
         base_TD = self._hidden(batch.base, batch.targets, grad=True, dropout=True)
         _check_finite(batch, base_TD, reference_TD)
 
         # Step 4: S_t is a constant, so a token's coefficient is known before its probability, and
         # the LM head can run forward and backward slice by slice.
-        weights_T, classes_T = self._token_weights(reference_log_probs_T, base_TD, batch.targets)
+        made_of_T = reference_log_probs_T if loss.token_weights == "adaptive" else None
+        if loss.token_weights == "probability":
+            made_of_T = self._log_probs(base_TD, ids_T)
+        weights_T, classes_T = self._token_weights(made_of_T, base_TD, batch.targets)
         weights_T = weights_T + loss.base_nll_weight
         scales_T = batch.token_scales() / self.spec.accumulation
 
@@ -96,14 +106,14 @@ class Back:
             return at_predictors(hidden_BLD, path.lengths, targets.lengths)
 
     def _token_weights(
-        self, reference_log_probs_T: torch.Tensor | None, hidden_TD: torch.Tensor, targets: Targets
+        self, log_probs_T: torch.Tensor | None, hidden_TD: torch.Tensor, targets: Targets
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """S_t and the class of every token, sample by sample."""
+        """S_t and the class of every token, sample by sample; see `sample_token_weights`."""
         lengths = list(targets.lengths)
         hidden = torch.split(hidden_TD.detach(), lengths)
         probs: Sequence[torch.Tensor | None] = [None] * len(lengths)
-        if reference_log_probs_T is not None:
-            probs = torch.split(reference_log_probs_T.exp(), lengths)
+        if log_probs_T is not None:
+            probs = torch.split(log_probs_T.exp(), lengths)
         samples = [
             sample_token_weights(p, h, self.spec.loss) for p, h in zip(probs, hidden, strict=True)
         ]
@@ -155,7 +165,7 @@ class Back:
     @torch.no_grad()
     def score(self, base: Path, targets: Targets) -> list[float]:
         """Each sample's sum of -log P over its target tokens, in nats; trains nothing."""
-        base = concatenate([base], self.model.device)
+        base = concatenate([base], self.model.device, grad=False)
         hidden_TD = self._hidden(base, targets, grad=False)
         log_probs_T = self._log_probs(hidden_TD, targets.ids_T.to(self.model.device))
         return [

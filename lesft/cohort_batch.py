@@ -36,12 +36,13 @@ class TokenTerms:
 class CohortBatch:
     """S = [S_1; ...; S_N]: the clients' paths and targets one after another, on one device."""
 
-    def __init__(self, parts: Sequence[Part], device: torch.device) -> None:
+    def __init__(self, parts: Sequence[Part], device: torch.device, grad: bool) -> None:
+        """With `grad` the activations are leaves that take a gradient."""
         batches = [part.micro_batch for part in parts]
         references = [batch.reference for batch in batches if batch.reference is not None]
         self.parts = parts
-        self.base = concatenate([batch.base for batch in batches], device)
-        self.reference = concatenate(references, device) if references else None
+        self.base = concatenate([batch.base for batch in batches], device, grad)
+        self.reference = concatenate(references, device, grad) if references else None
         self.targets = Targets(
             torch.cat([batch.targets.ids_T for batch in batches]).to(device),
             tuple(length for batch in batches for length in batch.targets.lengths),
@@ -65,12 +66,11 @@ class CohortBatch:
         return [slice(stop - count, stop) for count, stop in zip(counts, stops, strict=True)]
 
     def results(self, key: StepKey, terms: TokenTerms) -> list[StepResult]:
-        """Each client's losses and its rows of the activations' gradients (step 6)."""
-        base = _gradients([part.micro_batch.base for part in self.parts], self.base)
-        reference: Sequence[torch.Tensor | None] = [None] * len(self.parts)
-        if self.reference is not None and self.reference.activations_ND.grad is not None:
-            paths = [part.micro_batch.reference for part in self.parts]
-            reference = _gradients(paths, self.reference)
+        """Each client's losses and its rows of the activations' gradients (step 6), if any."""
+        base = self._gradients([part.micro_batch.base for part in self.parts], self.base)
+        reference = self._gradients(
+            [part.micro_batch.reference for part in self.parts], self.reference
+        )
         return [
             StepResult(
                 key=key,
@@ -83,19 +83,20 @@ class CohortBatch:
             for i, (part, rows) in enumerate(zip(self.parts, self.token_rows(), strict=True))
         ]
 
+    def _gradients(
+        self, paths: Sequence[Path | None], gathered: Path | None
+    ) -> Sequence[torch.Tensor | None]:
+        gradient_ND = gathered.activations_ND.grad if gathered else None
+        if gradient_ND is None:
+            return [None] * len(self.parts)
+        return torch.split(gradient_ND, [sum(path.lengths) for path in paths if path is not None])
 
-def concatenate(paths: Sequence[Path], device: torch.device) -> Path:
-    """The paths one after another on the device, as a leaf that can take a gradient."""
+
+def concatenate(paths: Sequence[Path], device: torch.device, grad: bool) -> Path:
+    """The paths one after another on the device; with `grad`, as a leaf that takes a gradient."""
     activations_ND = torch.cat([path.activations_ND for path in paths]).to(device)
     lengths = tuple(length for path in paths for length in path.lengths)
-    return Path(activations_ND.requires_grad_(), lengths)
-
-
-def _gradients(paths: Sequence[Path | None], gathered: Path) -> list[torch.Tensor]:
-    gradient_ND = gathered.activations_ND.grad
-    assert gradient_ND is not None, "the backward pass ran"
-    counts = [sum(path.lengths) for path in paths if path is not None]
-    return list(torch.split(gradient_ND, counts))
+    return Path(activations_ND.requires_grad_(grad), lengths)
 
 
 def _mean_over_samples(losses_T: torch.Tensor, lengths: tuple[int, ...]) -> float:

@@ -27,18 +27,21 @@ def slice_log_probs(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.T
 
 
 def sample_token_weights(
-    reference_probs_T: torch.Tensor | None, hidden_TD: torch.Tensor, spec: LossSpec
+    probs_T: torch.Tensor | None, hidden_TD: torch.Tensor, spec: LossSpec
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """S_t `[T]` of one sample, and the tokens' classes `[T]` int64 where the weights are adaptive.
 
-    `reference_probs_T` is P̃_t, needed when the weights are adaptive; `hidden_TD` are the base
-    path's hidden states after the final norm where the tokens are predicted.
+    `probs_T` is what the weights are made of: P̃_t where they are adaptive, P_t where they are the
+    token's own probability (DFT, arXiv:2508.05629), None where they are uniform. `hidden_TD` are
+    the base path's hidden states after the final norm where the tokens are predicted.
     """
     if spec.token_weights == "uniform":
         num_tokens = len(hidden_TD)
         return torch.full((num_tokens,), spec.uniform_weight, device=hidden_TD.device), None
-    assert reference_probs_T is not None, "adaptive weights come with a reference path"
-    probs_T = reference_probs_T.detach().float()
+    assert probs_T is not None, "all but uniform weights are made of probabilities"
+    probs_T = probs_T.detach().float()
+    if spec.token_weights == "probability":
+        return probs_T, None
     classes_T = token_classes(probs_T, hidden_TD.detach(), spec)
     return token_weights(probs_T, classes_T, spec), classes_T
 

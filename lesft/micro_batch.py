@@ -51,12 +51,18 @@ class Targets:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One client's part of one step. `reference` is there when the loss needs it."""
+    """One client's part of one step. `reference` is there when the loss needs it.
+
+    Where clients do not train, `samples` numbers all its samples, and on its way to the server the
+    paths and targets are only of those `enclosed`: the server holds the others.
+    """
 
     key: StepKey
     base: Path
     reference: Path | None
     targets: Targets
+    samples: tuple[int, ...] = ()
+    enclosed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,19 +70,22 @@ class StepResult:
     """What one client gets back for a micro-batch.
 
     `base_gradient_ND` and `reference_gradient_ND` are gradients of the scaled loss with respect to
-    the activations as sent; the latter is there when the loss trains the reference path. `loss` and
-    `nll` are means over this client's samples and target tokens, unscaled, in nats.
+    the activations as sent: the former is there when clients train, the latter when also the loss
+    trains the reference path. `loss` and `nll` are means over this client's samples and target
+    tokens, unscaled, in nats.
     `class_counts` are its salient, sub-salient and irrelevant tokens, where there are classes.
-    `checkpoint` says that the client is to take a checkpoint when the round is done.
+    `checkpoint` says that the client is to take a checkpoint when the round is done. `held` are
+    those of the micro-batch's `samples` that need not be sent again.
     """
 
     key: StepKey
-    base_gradient_ND: torch.Tensor
+    base_gradient_ND: torch.Tensor | None
     reference_gradient_ND: torch.Tensor | None
     loss: float
     nll: float
     class_counts: tuple[int, int, int] | None
     checkpoint: bool = False
+    held: tuple[int, ...] = ()
 
 
 def pad(flat_N: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:

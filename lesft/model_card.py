@@ -15,6 +15,8 @@ CARD_FILE = "README.md"
 Kind = Literal["adapter", "model"]
 """A PEFT adapter, or a whole model that it was merged into."""
 
+_MAY_REPEAT = "The adapter itself may repeat what it was trained on."
+
 _PACKAGES = ("lesft", "torch", "transformers", "peft", "safetensors")
 
 
@@ -70,8 +72,13 @@ def _held_out(results: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return sum(result[name]["nll_sum"] for result in results) / tokens if tokens else None
 
 
-def model_card(kind: Kind, base_model: str, spec: RunSpec, figures: Figures | None) -> str:
-    """The card, Markdown behind YAML; `base_model` is the base's hub id or name."""
+def model_card(
+    kind: Kind, base_model: str, spec: RunSpec, figures: Figures | None, split: bool = True
+) -> str:
+    """The card, Markdown behind YAML; `base_model` is the base's hub id or name.
+
+    Without `split`, clients with the whole model have trained it.
+    """
     name = base_model.rstrip("/").rpartition("/")[2]
     what = "A LoRA adapter for" if kind == "adapter" else "A fine-tuned copy of"
     lines = [
@@ -87,9 +94,7 @@ def model_card(kind: Kind, base_model: str, spec: RunSpec, figures: Figures | No
         f"# {_text(name)}, fine-tuned with LESFT",
         "",
         f"{what} {_text(base_model)}, trained by {_clients(spec.clients)} in {spec.rounds} rounds "
-        "of split federated fine-tuning: each kept its prompts and ran the decoder up to layer "
-        f"{spec.cut_layer}, a server ran the rest, and an independent server averaged the clients' "
-        "part of the adapter.",
+        f"{_how(spec, split)}",
         "",
         "## Load it",
         "",
@@ -97,7 +102,7 @@ def model_card(kind: Kind, base_model: str, spec: RunSpec, figures: Figures | No
         "",
         "## What the server could see",
         "",
-        _seen_by_the_server(spec),
+        _seen_by_the_server(spec) if split else _seen_without_a_server(spec),
         "",
         *(["## Figures", "", *_figures(spec, figures), ""] if figures else []),
         "## Settings",
@@ -111,6 +116,28 @@ def model_card(kind: Kind, base_model: str, spec: RunSpec, figures: Figures | No
 
 def _clients(number: int) -> str:
     return "one client" if number == 1 else f"{number} clients"
+
+
+def _how(spec: RunSpec, split: bool) -> str:
+    """The kind of training, and who trained what."""
+    many = spec.clients > 1
+    if not split:
+        averaged = (
+            "; an independent server averaged their adapters" if many and spec.aggregate else ""
+        )
+        whose = "each with the whole model and its own data" if many else "with the whole model"
+        return f"of fine-tuning, {whose}{averaged}."
+    own = "" if spec.train_front else ", whose adapter was not trained"
+    averaged = " and each kept its own part of the adapter" if many else ""
+    if spec.aggregates:
+        averaged = " and an independent server averaged the clients' part of the adapter"
+        if spec.personal_layers:
+            layers = ", ".join(map(str, spec.personal_layers))
+            averaged += f", but for layers {layers}, which each kept to itself"
+    return (
+        "of split federated fine-tuning: each kept its prompts and ran the decoder up to layer "
+        f"{spec.cut_layer}{own}, a server ran the rest,{averaged or ' and trained its part'}."
+    )
 
 
 def _loading(kind: Kind, base_model: str) -> list[str]:
@@ -144,8 +171,21 @@ def _seen_by_the_server(spec: RunSpec) -> str:
         f"sequence{reference}, its length, the activations after layer {spec.cut_layer} and the "
         "token ids of the targets: the answers it could read as they are. Activations of so early "
         "a layer are no encryption: whoever holds them and the model's weights can recover much of "
-        "the prompts from them. The aggregator received the clients' adapters, never activations "
-        "or labels. The adapter itself may repeat what it was trained on."
+        f"the prompts from them. {_seen_by_the_aggregator(spec)}"
+    )
+
+
+def _seen_without_a_server(spec: RunSpec) -> str:
+    there_is_one = spec.clients > 1 and spec.aggregate
+    others = _seen_by_the_aggregator(spec) if there_is_one else _MAY_REPEAT
+    return f"No server took part: data and activations stayed where they were. {others}"
+
+
+def _seen_by_the_aggregator(spec: RunSpec) -> str:
+    if not spec.aggregates:
+        return f"No aggregator took part. {_MAY_REPEAT}"
+    return (
+        f"The aggregator received the clients' adapters, never activations or labels. {_MAY_REPEAT}"
     )
 
 

@@ -1,6 +1,7 @@
 """One settings model per service: command line over environment over TOML file over default."""
 
 import argparse
+import ast
 import difflib
 import functools
 import os
@@ -25,7 +26,14 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_METAVARS = {"str": "TEXT", "int": "N", "float": "X", "Path": "PATH", "tuple[str,...]": "A,B,..."}
+_METAVARS = {
+    "str": "TEXT",
+    "int": "N",
+    "float": "X",
+    "Path": "PATH",
+    "tuple[str,...]": "A,B,...",
+    "tuple[int,...]": "N,M,...",
+}
 _DEFAULTS_THAT_SAY_NOTHING = (
     *(" (default: None)", " (default: False)", " (default: )", " (default: ())"),
 )
@@ -155,13 +163,13 @@ def _add_argument(parser: Any, *names: str, **options: Any) -> None:
         options["metavar"] = _METAVARS.get(options["metavar"], options["metavar"])
     for default in _DEFAULTS_THAT_SAY_NOTHING:
         options["help"] = options["help"].removesuffix(default)
-    options["help"] = re.sub(r"\('(.*)'\)", _as_given, options["help"])
+    options["help"] = re.sub(r"(?<=default: )\(.*\)(?=\)$)", _as_given, options["help"])
     parser.add_argument(*names, **options)
 
 
 def _as_given(default: re.Match[str]) -> str:
     """A tuple as it is written on the command line."""
-    return default[1].replace("', '", ",")
+    return ",".join(map(str, ast.literal_eval(default[0])))
 
 
 def _add_group(parser: Any, title: str, description: str) -> Any:

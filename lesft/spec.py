@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Encoding = Literal["raw", "bf16"]
 """How activations or gradients travel: as they are computed, or rounded to bfloat16."""
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class _Spec(BaseModel):
@@ -36,8 +36,10 @@ class LoraSpec(_Spec):
 class LossSpec(_Spec):
     """The dual-path token-weighted loss (METHOD section 4)."""
 
-    token_weights: Literal["adaptive", "uniform"] = Field(
-        "adaptive", description="Weight of each target token: from the reference path, or one."
+    token_weights: Literal["adaptive", "uniform", "probability"] = Field(
+        "adaptive",
+        description="Weight of each target token: from its probability on the reference path, one "
+        "number for all, or the token's own probability (DFT).",
     )
     uniform_weight: float = Field(
         1.0, ge=0, description="The weight of every token when token_weights is uniform."
@@ -99,6 +101,19 @@ class RunOptions(_Spec):
     aggregation_interval: int = Field(
         5, ge=1, description="Rounds between two aggregations; one more ends the run."
     )
+    train_front: bool = Field(
+        True,
+        description="Clients train their layers. If not, no gradient is returned to them, and each "
+        "sample's activations are sent once and kept by the server.",
+    )
+    aggregate: bool = Field(
+        True, description="Clients' adapters are averaged; if not, each keeps its own."
+    )
+    personal_layers: tuple[int, ...] = Field(
+        (),
+        description="Layers, counted from 0, whose adapters each client keeps to itself when the "
+        "others are averaged.",
+    )
     max_length: int = Field(1024, ge=2, description="Most tokens of one sequence.")
     mode: Literal["lockstep", "deadline"] = Field(
         "lockstep",
@@ -149,12 +164,23 @@ class RunSpec(RunOptions):
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
-    def aggregates_after(self, round_index: int) -> bool:
-        """Whether the adapters are averaged after this round (counted from 0)."""
+    @property
+    def aggregates(self) -> bool:
+        """Whether there is anything to average."""
+        return self.aggregate and self.train_front
+
+    def ends_interval(self, round_index: int) -> bool:
+        """Whether a checkpoint is due after this round (counted from 0), and an aggregation."""
         done = round_index + 1
         return done % self.aggregation_interval == 0 or done == self.rounds
 
+    def aggregates_after(self, round_index: int) -> bool:
+        """Whether the adapters are averaged after this round (counted from 0)."""
+        return self.aggregates and self.ends_interval(round_index)
+
     def aggregations_before(self, round_index: int) -> int:
         """How often the adapters have been averaged when this round begins."""
+        if not self.aggregates:
+            return 0
         whole = round_index // self.aggregation_interval
         return whole + (round_index == self.rounds and self.rounds % self.aggregation_interval > 0)

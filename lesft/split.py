@@ -7,6 +7,7 @@ Shape letters: B sequences, L tokens each, N tokens, D width, V vocabulary.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,16 @@ def check_cut_layer(cut_layer: int, num_layers: int) -> None:
         raise InvalidInput(
             f"cut_layer must lie between 1 and {num_layers - 1} for this {num_layers}-layer model, "
             f"got {cut_layer}"
+        )
+
+
+def check_personal_layers(layers: Sequence[int], num_layers: int) -> None:
+    """Raises InvalidInput unless all are among the `num_layers` layers that a client trains."""
+    wrong = [layer for layer in layers if not 0 <= layer < num_layers]
+    if wrong:
+        raise InvalidInput(
+            f"personal_layers must lie between 0 and {num_layers - 1}, the layers that a client "
+            f"trains, got {wrong[0]}"
         )
 
 

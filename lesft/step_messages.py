@@ -50,19 +50,26 @@ class Limits:
 def micro_batch_to_message(
     batch: MicroBatch, encoding: Encoding
 ) -> tuple[training_pb2.MicroBatch, bytes]:
-    """The header and the bundle of a micro-batch."""
-    tensors = _sample_tensors(batch.base, batch.targets)
-    if batch.reference is not None:
-        tensors["reference"] = batch.reference.activations_ND
-    data = encode_tensors(tensors, encoding)
+    """The header and the bundle of a micro-batch; no bundle where the server holds it all."""
+    data = encode_batch(batch, encoding) if batch.targets.lengths else b""
     return training_pb2.MicroBatch(
         round=batch.key.round,
         micro=batch.key.micro,
         base_lengths=batch.base.lengths,
         reference_lengths=batch.reference.lengths if batch.reference else (),
         target_lengths=batch.targets.lengths,
-        bundle=bundle_info(data),
+        bundle=bundle_info(data) if data else None,
+        samples=batch.samples,
+        enclosed=batch.enclosed,
     ), data
+
+
+def encode_batch(batch: MicroBatch, encoding: Encoding) -> bytes:
+    """The bundle of a micro-batch."""
+    tensors = _sample_tensors(batch.base, batch.targets)
+    if batch.reference is not None:
+        tensors["reference"] = batch.reference.activations_ND
+    return encode_tensors(tensors, encoding)
 
 
 def held_out_to_message(
@@ -86,7 +93,10 @@ def _sample_tensors(base: Path, targets: Targets) -> dict[str, torch.Tensor]:
 
 
 def check_lengths(header: training_pb2.MicroBatch | training_pb2.HeldOut, limits: Limits) -> None:
-    """Check a header's lengths. Raises InvalidInput or TooLarge."""
+    """Check a header's lengths. Raises InvalidInput or TooLarge.
+
+    Those of a micro-batch without anything enclosed are for `check_samples`.
+    """
     spec = limits.spec
     samples = len(header.target_lengths)
     if not 1 <= samples <= spec.batch_size:
@@ -103,6 +113,32 @@ def check_lengths(header: training_pb2.MicroBatch | training_pb2.HeldOut, limits
     elif header.reference_lengths:
         raise InvalidInput(
             "reference_lengths must be empty: this run's loss needs no reference path"
+        )
+
+
+def check_samples(header: training_pb2.MicroBatch, spec: RunSpec, num_samples: int) -> None:
+    """Check which of a client's `num_samples` samples a micro-batch is of. Raises InvalidInput."""
+    samples, enclosed = list(header.samples), list(header.enclosed)
+    if spec.train_front:
+        if samples or enclosed:
+            raise InvalidInput(
+                "samples must be empty: in this run clients train, and send all activations anew"
+            )
+        return
+    if not 1 <= len(samples) <= spec.batch_size:
+        raise InvalidInput(
+            f"samples must have 1 to {spec.batch_size} entries (batch_size), got {len(samples)}"
+        )
+    if max(samples) >= num_samples:
+        raise InvalidInput(
+            f"samples: the client has samples 0 to {num_samples - 1}, got {max(samples)}"
+        )
+    if len(set(enclosed)) != len(enclosed) or not set(enclosed) <= set(samples):
+        raise InvalidInput(f"enclosed must be some of samples {samples}, each once, got {enclosed}")
+    if len(header.target_lengths) != len(enclosed):
+        raise InvalidInput(
+            f"target_lengths must have one entry for each of the {len(enclosed)} samples enclosed, "
+            f"got {len(header.target_lengths)}"
         )
 
 
@@ -138,15 +174,23 @@ def micro_batch_from_message(
     Raises BundleError for a wrong name, dtype, shape or value, InvalidInput for a label id that is
     not in the vocabulary.
     """
+    key = StepKey(header.round, header.micro)
+    samples, enclosed = tuple(header.samples), tuple(header.enclosed)
+    if not header.target_lengths:  # the server holds them all
+        nothing = Path(torch.empty(0, limits.hidden_size), ())
+        targets = Targets(torch.empty(0, dtype=torch.long), ())
+        return MicroBatch(key, nothing, None, targets, samples, enclosed)
     paths = {"base": tuple(header.base_lengths)}
     if header.reference_lengths:
         paths["reference"] = tuple(header.reference_lengths)
     tensors = _decode_samples(paths, tuple(header.target_lengths), data, limits)
     return MicroBatch(
-        key=StepKey(header.round, header.micro),
+        key=key,
         base=Path(tensors["base"], paths["base"]),
         reference=Path(tensors["reference"], paths["reference"]) if len(paths) > 1 else None,
         targets=Targets(tensors["targets"], tuple(header.target_lengths)),
+        samples=samples,
+        enclosed=enclosed,
     )
 
 
@@ -198,19 +242,19 @@ def check_magnitude(name: str, activations_ND: torch.Tensor) -> None:
 def result_to_message(
     result: StepResult, encoding: Encoding
 ) -> tuple[training_pb2.StepResult, bytes]:
-    """The header and the bundle of a result."""
-    tensors = {"base": result.base_gradient_ND}
-    if result.reference_gradient_ND is not None:
-        tensors["reference"] = result.reference_gradient_ND
-    data = encode_tensors(tensors, encoding)
+    """The header and the bundle of a result; no bundle where no gradients are returned."""
+    gradients = {"base": result.base_gradient_ND, "reference": result.reference_gradient_ND}
+    tensors = {name: tensor for name, tensor in gradients.items() if tensor is not None}
+    data = encode_tensors(tensors, encoding) if tensors else b""
     return training_pb2.StepResult(
         round=result.key.round,
         micro=result.key.micro,
         loss=result.loss,
         nll=result.nll,
         class_counts=result.class_counts or (),
-        bundle=bundle_info(data),
+        bundle=bundle_info(data) if data else None,
         checkpoint=result.checkpoint,
+        held=result.held,
     ), data
 
 
@@ -221,24 +265,25 @@ def result_from_message(
     key = StepKey(header.round, header.micro)
     if key != batch.key:
         raise BundleError(f"result of {batch.key} expected, got that of {key}")
-    paths = {"base": batch.base}
-    if batch.reference is not None and limits.spec.loss.trains_reference:
+    paths = {"base": batch.base} if limits.spec.train_front else {}
+    if paths and batch.reference is not None and limits.spec.loss.trains_reference:
         paths["reference"] = batch.reference
     dtypes = encoded_dtypes(limits.spec.gradient_encoding)
     expected = {
         name: TensorSpec((sum(path.lengths), limits.hidden_size), dtypes)
         for name, path in paths.items()
     }
-    tensors = decode_tensors(data, expected)
+    tensors = decode_tensors(data, expected) if expected else {}
     counts = tuple(header.class_counts)
     if len(counts) not in (0, 3):
         raise BundleError(f"class_counts must have 3 entries or none, got {len(counts)}")
     return StepResult(
         key=key,
-        base_gradient_ND=tensors["base"],
+        base_gradient_ND=tensors.get("base"),
         reference_gradient_ND=tensors.get("reference"),
         loss=header.loss,
         nll=header.nll,
         class_counts=(counts[0], counts[1], counts[2]) if len(counts) == 3 else None,
         checkpoint=header.checkpoint,
+        held=tuple(header.held),
     )

@@ -1,6 +1,8 @@
 """How the training loop talks to the back of the model: over gRPC, or in this process."""
 
 from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from lesft.back import Back
@@ -30,8 +32,14 @@ class Rejoin(Turn):
 class BackLink(Protocol):
     """The back as the training loop sees it; see `lesft_client.link.ServerLink` for gRPC."""
 
+    def open(self) -> Turn:
+        """Begin; returns where, for `resume`."""
+
     def resume(self, round_index: int) -> None:
         """Go on from the beginning of a round; see `Turn`."""
+
+    def holds(self, sample: int) -> bool:
+        """Whether the back keeps the activations of a sample, by its number."""
 
     def send(self, batch: MicroBatch) -> None:
         """Hand in a micro-batch; does not wait for its result."""
@@ -42,6 +50,9 @@ class BackLink(Protocol):
     def score(self, base: Path, targets: Targets) -> list[float]:
         """Each held-out sample's sum of -log P over its target tokens, in nats."""
 
+    def check(self) -> None:
+        """Raises what `receive` would raise instead of an answer."""
+
     def leave(self, reason: str) -> None:
         """End the session: `reason` is empty after the last round."""
 
@@ -49,18 +60,34 @@ class BackLink(Protocol):
 class LocalBack:
     """The back in this process, for a client that holds the whole model."""
 
-    def __init__(self, back: Back, client_id: str) -> None:
+    def __init__(
+        self, back: Back, client_id: str, checkpoint_rounds: Callable[[], list[int]] = list
+    ) -> None:
+        """`checkpoint_rounds` are the rounds at which it can be gone on."""
         self._back = back
         self._client_id = client_id
+        self._checkpoint_rounds = checkpoint_rounds
         self._results: deque[StepResult] = deque()
+
+    def open(self) -> Turn:
+        """At the newest checkpoint, or the beginning."""
+        return GoBack(max(self._checkpoint_rounds(), default=0))
 
     def resume(self, round_index: int) -> None:
         """Nothing is in flight here."""
 
+    def holds(self, sample: int) -> bool:
+        """It keeps none: what is here need not be sent."""
+        return False
+
     def send(self, batch: MicroBatch) -> None:
         """Run the step at once."""
         part = Part(self._client_id, batch, share=1.0)
-        self._results.extend(self._back.train_step(batch.key, [part]))
+        checkpoint = self._back.spec.ends_interval(batch.key.round)
+        self._results.extend(
+            replace(result, checkpoint=checkpoint)
+            for result in self._back.train_step(batch.key, [part])
+        )
 
     def receive(self) -> StepResult:
         """The oldest result that was not taken yet."""
@@ -69,6 +96,9 @@ class LocalBack:
     def score(self, base: Path, targets: Targets) -> list[float]:
         """See `BackLink`."""
         return self._back.score(base, targets)
+
+    def check(self) -> None:
+        """Nothing comes between."""
 
     def leave(self, reason: str) -> None:
         """Nothing to end."""

@@ -23,10 +23,10 @@ from lesft_client.data import EncodedSample
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """A micro-batch on its way: what is sent, and the graphs that wait for its gradient."""
+    """A micro-batch on its way: what is sent, and the graphs that wait for its gradient, if any."""
 
     micro_batch: MicroBatch
-    base_ND: torch.Tensor
+    base_ND: torch.Tensor | None
     reference_ND: torch.Tensor | None
 
 
@@ -67,8 +67,27 @@ class Front:
             reference.activations_ND if reference and loss.trains_reference else None,
         )
 
+    @torch.no_grad()
+    def forward_frozen(
+        self, key: StepKey, numbers: Sequence[int], enclosed: Mapping[int, EncodedSample]
+    ) -> ForwardPass:
+        """Step 1 of a front that does not train, for those samples that the back does not hold.
+
+        `numbers` are all samples of the micro-batch. Without adapters to train there is no dropout,
+        and a sample's activations are the same in every epoch.
+        """
+        new = list(enclosed.values())
+        base = self._activations([s.base_ids + s.target_ids for s in new])
+        reference = None
+        if new and self.spec.loss.needs_reference:
+            reference = self._activations([s.reference_ids + s.target_ids for s in new])
+        batch = MicroBatch(key, base, reference, _targets(new), tuple(numbers), tuple(enclosed))
+        return ForwardPass(batch, None, None)
+
     def backward(self, sent: ForwardPass, result: StepResult) -> None:
         """Step 7: go on with the backward pass from the cut, into the adapters' gradients."""
+        assert sent.base_ND is not None, "a front that does not train goes forward only"
+        assert result.base_gradient_ND is not None, "its gradient is the answer to a micro-batch"
         outputs, gradients = [sent.base_ND], [result.base_gradient_ND]
         if sent.reference_ND is not None and result.reference_gradient_ND is not None:
             outputs.append(sent.reference_ND)
@@ -87,6 +106,8 @@ class Front:
         """Cut-layer activations of token id sequences, without padding."""
         self.model.train(dropout)
         lengths = tuple(len(ids) for ids in sequences)
+        if not lengths:
+            return Path(torch.empty(0, self.model.config.hidden_size), ())
         flat_N = torch.tensor([i for ids in sequences for i in ids], device=self.model.device)
         ids_BL, mask_BL = pad(flat_N, lengths)
         with autocast(self.model.device, self._precision):
@@ -98,6 +119,12 @@ class Front:
     def held_out(self, samples: Sequence[EncodedSample]) -> tuple[Path, Targets]:
         """What the back needs to score held-out samples: base path only, no dropout."""
         return self._activations([s.base_ids + s.target_ids for s in samples]), _targets(samples)
+
+    def num_parameters(self) -> tuple[int, int]:
+        """How many parameters are in this process, and how many of them are trained."""
+        every = [parameter.numel() for parameter in self.model.parameters()]
+        trained = [p.numel() for p in lora_parameters(self.model)] if self.spec.train_front else []
+        return sum(every), sum(trained)
 
     def adapter(self) -> dict[str, torch.Tensor]:
         """Θ_i: float32 tensors on the CPU under whole-model names."""
@@ -125,5 +152,5 @@ def _detached(path: Path) -> Path:
 
 
 def _targets(samples: Sequence[EncodedSample]) -> Targets:
-    ids_T = torch.tensor([i for sample in samples for i in sample.target_ids])
+    ids_T = torch.tensor([i for sample in samples for i in sample.target_ids], dtype=torch.long)
     return Targets(ids_T, tuple(len(sample.target_ids) for sample in samples))

@@ -80,6 +80,7 @@ class ServerLink:
         self._answers: queue.Queue[Answer | LesftError | Turn] = queue.Queue()
         self._position: StepKey | None = None
         self._turn: LesftError | Turn | None = None
+        self._held: set[int] = set()
         self._leaving = False
         self._heard = 0
         self._keeper = threading.Thread(target=self._keep, name="server link", daemon=True)
@@ -91,7 +92,7 @@ class ServerLink:
         Raises what the server refuses it with, or Unreachable.
         """
         stream = patiently(self._open_stream, self._patience.first_contact)
-        self._stream = stream
+        self._stream, self._held = stream, set(stream.opened.held)
         self._keeper.start()
         return _turn_of(stream.opened)
 
@@ -108,6 +109,11 @@ class ServerLink:
             self._position = StepKey(round_index, 0)
             self._unanswered.clear()
             self._answers = queue.Queue()
+
+    def holds(self, sample: int) -> bool:
+        """See `BackLink`."""
+        with self._lock:
+            return sample in self._held
 
     def send(self, batch: MicroBatch) -> None:
         """See `BackLink`."""
@@ -213,6 +219,8 @@ class ServerLink:
                 if isinstance(request, MicroBatch):
                     accumulation = self._limits.spec.accumulation
                     self._position = request.key.following(accumulation)
+                if isinstance(answer, StepResult):
+                    self._held.update(answer.held)
                 self._answers.put(answer)
         if not self._leaving:
             raise Unreachable(f"{self._party}: closed the stream")
@@ -232,6 +240,8 @@ class ServerLink:
             progress=lambda: self._heard,
             option="--reconnect-seconds",
         )
+        with self._lock:
+            self._held = set(stream.opened.held)
         self.reconnects += 1
         self._on_reconnect()
         self._on_waiting("")

@@ -1,8 +1,11 @@
-"""A whole language model on this machine, with the library's own generation: the yardstick."""
+"""A whole language model on this machine: the yardstick for the split one."""
 
 import asyncio
+import functools
 import hashlib
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +16,39 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
 )
 from transformers.utils import logging as transformers_logging
 
-from lesft.batching import LARGE_STEP, Batcher
+from lesft.batching import MAX_BATCH
 from lesft.device import Precision, choose_device
 from lesft.device_thread import DeviceThread
 from lesft.errors import InvalidInput, ModelError
-from lesft.sampling import Sampling
 from lesft_client.language_model import (
-    FinishReason,
     GenerationRequest,
     Piece,
     Score,
     check_token_ids,
 )
+from lesft_client.local_batch import RowBatch
+from lesft_client.local_text import LocalText
 from lesft_client.text_stream import TextStream
 
 _READ_BYTES = 1 << 20
+
+_TURNS = 10
+"""Turns of the event loop from an answer to what its reader asks for next, with some to spare."""
+
+_ALIKE = 256
+"""Texts up to this many tokens are short, all the same. Longer ones are written with those of at
+least half and at most twice their length: in a batch all cost as much as the longest."""
 
 
 class LocalModel:
     """See `LanguageModel`: the whole model, with or without a PEFT adapter.
 
-    Requests that wait at the same time and take the likeliest tokens are written together.
+    Texts that are asked for at the same time are written together. Which ones those are does not
+    depend on the clock, so that the same questions asked in the same way get the same answers, to
+    the last bit.
     """
 
     def __init__(
@@ -58,7 +68,12 @@ class LocalModel:
         self._model = model
         self._end_ids = end_ids
         self._device = DeviceThread()
-        self._batcher: Batcher[_Text, None] = Batcher(self._write_batch)
+        self._rows = RowBatch(model)
+        self._texts: list[LocalText] = []  # one for each row
+        self._waiting: deque[LocalText] = deque()
+        self._scorings: deque[_Scoring] = deque()
+        self._came = False
+        self._worker: asyncio.Task[None] | None = None
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
         """See `LanguageModel`."""
@@ -71,70 +86,114 @@ class LocalModel:
                 "for"
             )
         loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[Piece] = asyncio.Queue()
-        text = _Text(
+        pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        text = LocalText(
             request,
             TextStream(self.tokenizer, request.stop, self._end_ids),
             lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece),
         )
-        alone = request.sampling.temperature > 0 or request.sampling.repetition_penalty != 1
-        num_tokens = LARGE_STEP + 1 if alone else 1
-        length = len(request.prompt_ids) + request.max_tokens
-        writing = asyncio.create_task(self._batcher.submit(text, text, num_tokens, length))
-        reading = asyncio.create_task(pieces.get())
+        self._waiting.append(text)
+        self._work_on()
         try:
             while True:
-                await asyncio.wait({reading, writing}, return_when=asyncio.FIRST_COMPLETED)
-                if not reading.done() and writing.done():
-                    writing.result()  # raises what went wrong
-                piece = await reading
-                reading = asyncio.create_task(pieces.get())
+                piece = await pieces.get()
+                if isinstance(piece, Exception):
+                    raise piece
                 yield piece
                 if piece.finish_reason is not None:
                     return
         finally:
             text.abandoned = True
-            reading.cancel()
-            writing.cancel()  # the batch goes on for the others
 
     async def score(
         self, prompt_ids: Sequence[int], continuations: Sequence[Sequence[int]]
     ) -> list[Score]:
-        """See `LanguageModel`."""
+        """See `LanguageModel`. Others do not change the last bits of a score."""
         every = [*prompt_ids, *(token_id for ids in continuations for token_id in ids)]
         check_token_ids(every, self._model.config.vocab_size)
-        return await self._device.run(lambda: self._scores(list(prompt_ids), continuations))
+        result: asyncio.Future[list[Score]] = asyncio.get_running_loop().create_future()
+        self._scorings.append(_Scoring(list(prompt_ids), continuations, result))
+        self._work_on()
+        return await result
 
     async def close(self) -> None:
         """End the thread that computes."""
+        for text in self._texts:
+            text.abandoned = True
+        if self._worker is not None:
+            self._worker.cancel()
         await asyncio.to_thread(self._device.close)
+
+    # ------------------------------------------------------------------ on the event loop
+
+    def _work_on(self) -> None:
+        self._came = True
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+
+    async def _work(self) -> None:
+        """Do what is wanted, until nothing is."""
+        while True:
+            # Those that have just been answered bring what they want next in a few turns of the
+            # loop. Nobody waits for a clock here: who is in the next batch is always the same.
+            for _ in range(_TURNS):
+                await asyncio.sleep(0)
+            self._came = False
+            if self._scorings:
+                await self._score_next(self._scorings.popleft())
+                continue
+            coming = self._take()
+            if not coming and not self._texts:
+                return
+            try:
+                await self._device.run(functools.partial(self._write, coming))
+            except Exception as error:  # each caller gets it
+                for text in {*self._texts, *coming}:
+                    text.fail(error)
+                self._texts, self._rows = [], RowBatch(self._model)
+
+    async def _score_next(self, scoring: "_Scoring") -> None:
+        if scoring.result.done():  # its caller has gone
+            return
+        try:
+            scores = await self._device.run(
+                lambda: self._scores(scoring.prompt_ids, scoring.continuations)
+            )
+        except Exception as error:  # its caller gets it
+            if not scoring.result.done():
+                scoring.result.set_exception(error)
+        else:
+            if not scoring.result.done():
+                scoring.result.set_result(scores)
+
+    def _take(self) -> list["LocalText"]:
+        """Those that may join now, in the order in which they came."""
+        coming: list[LocalText] = []
+        while self._waiting:
+            lengths = [text.length for text in (*self._texts, *coming, self._waiting[0])]
+            if len(lengths) > MAX_BATCH or max(lengths) > 2 * max(min(lengths), _ALIKE):
+                break
+            text = self._waiting.popleft()
+            if not text.abandoned:
+                coming.append(text)
+        return coming
 
     # ------------------------------------------------------------------ on the device thread
 
-    async def _write_batch(self, texts: Sequence["_Text"]) -> list[None]:
-        await self._device.run(lambda: self._write(texts))
-        return [None] * len(texts)
-
-    @torch.no_grad()
-    def _write(self, texts: Sequence["_Text"]) -> None:
-        longest = max(len(text.request.prompt_ids) for text in texts)
-        rows = [list(text.request.prompt_ids) for text in texts]
-        missing = [longest - len(row) for row in rows]
-        device = self._model.device
-        ids_BL = torch.tensor([[0] * n + row for n, row in zip(missing, rows, strict=True)])
-        mask_BL = torch.tensor([[0] * n + [1] * (longest - n) for n in missing])
-        sampling = texts[0].request.sampling
-        with torch.random.fork_rng():
-            torch.manual_seed(sampling.seed)
-            self._model.generate(  # type: ignore[operator]
-                input_ids=ids_BL.to(device),
-                attention_mask=mask_BL.to(device),
-                max_new_tokens=max(text.request.max_tokens for text in texts),
-                eos_token_id=None,
-                pad_token_id=0,
-                stopping_criteria=StoppingCriteriaList([_Watch(texts)]),
-                **_options(sampling),
-            )
+    def _write(self, coming: Sequence["LocalText"]) -> None:
+        """Write on with those that come, until a text is over or more are asked for."""
+        for text in coming:
+            logits_V = self._rows.join(text.request.prompt_ids)
+            self._texts.append(text)
+            text.add(logits_V, int(logits_V.argmax()))
+        while not (self._came or any(text.over for text in self._texts)):
+            logits_BV = self._rows.step([text.token_ids[-1] for text in self._texts])
+            likeliest = logits_BV.argmax(-1).tolist()
+            for text, logits_V, token_id in zip(self._texts, logits_BV, likeliest, strict=True):
+                text.add(logits_V, token_id)
+        kept = [row for row, text in enumerate(self._texts) if not text.over]
+        self._rows.keep(kept)
+        self._texts = [self._texts[row] for row in kept]
 
     def _scores(self, prompt_ids: list[int], continuations: Sequence[Sequence[int]]) -> list[Score]:
         if any(len(ids) > 1 for ids in continuations):
@@ -159,62 +218,13 @@ class LocalModel:
         return Score(float(log_probs_T.double().sum()), is_greedy)
 
 
-def _options(sampling: Sampling) -> dict[str, Any]:
-    """As the library's `generate` takes them; nothing is left to the model's own config."""
-    shared = {"repetition_penalty": sampling.repetition_penalty}
-    if sampling.temperature == 0:
-        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {**shared, **greedy}
-    return {
-        **shared,
-        "do_sample": True,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-    }
+@dataclass(frozen=True)
+class _Scoring:
+    """What is to be scored, and where the scores go."""
 
-
-class _Text:
-    """One text on its way out of the library's loop."""
-
-    def __init__(
-        self, request: GenerationRequest, stream: TextStream, tell: Callable[[Piece], object]
-    ) -> None:
-        """`tell` gets the pieces, in the thread that computes."""
-        self.request = request
-        self.abandoned = False
-        self._stream = stream
-        self._tell = tell
-        self._written = 0
-        self._ended = False
-
-    def add(self, token_id: int) -> bool:
-        """Take the next token; returns whether the text is over."""
-        if self._ended or self.abandoned:
-            return True
-        self._written += 1
-        new, ended = self._stream.add(token_id)
-        reason: FinishReason | None = "stop" if ended else None
-        if self._written == self.request.max_tokens and not ended:
-            new, reason = new + self._stream.finish(), "length"
-        self._ended = reason is not None
-        self._tell(Piece(new, (token_id,), reason))
-        return self._ended
-
-
-class _Watch(StoppingCriteria):
-    """Sees each step of the library's loop: hands the tokens on, and ends the texts that are."""
-
-    def __init__(self, texts: Sequence[_Text]) -> None:
-        self._texts = texts
-
-    def __call__(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
-    ) -> torch.BoolTensor:
-        """See the library."""
-        last = input_ids[:, -1].tolist()
-        over = [text.add(token_id) for text, token_id in zip(self._texts, last, strict=True)]
-        return torch.tensor(over, device=input_ids.device)  # type: ignore[return-value]
+    prompt_ids: list[int]
+    continuations: Sequence[Sequence[int]]
+    result: "asyncio.Future[list[Score]]"
 
 
 def load_local_model(

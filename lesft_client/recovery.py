@@ -58,6 +58,8 @@ class ClientCheckpoints:
             "data_sha256": self._data,
             "adapter_version": self._status.adapter_version,
             "loss_by_round": self._status.loss_by_round,
+            "nll_by_round": self._status.nll_by_round,
+            "class_counts_by_round": self._status.class_counts_by_round,
             "tokens": self._status.tokens,
             "training_seconds": self._status.training_seconds(),
             "wire": self._wire.by_kind(),
@@ -88,24 +90,33 @@ class ClientCheckpoints:
         if data != self._data:
             raise InvalidInput(
                 f"--state {self._state}: the training samples are not those that the run began "
-                "with: give the same --data, --samples and --share, or start anew with --fresh"
+                "with: give the same --data, --data-seed, --samples, --share and --skew, or start "
+                "anew with --fresh"
             )
         self._status.loss_by_round = facts["loss_by_round"]
+        self._status.nll_by_round = facts["nll_by_round"]
+        self._status.class_counts_by_round = [
+            tuple(counts) if counts else None for counts in facts["class_counts_by_round"]
+        ]
         self._status.tokens = facts["tokens"]
         self._status.seconds_before = facts["training_seconds"]
         self._wire.add_all(facts["wire"])
         self.carried = facts["carried"]
 
 
-def instance_id(state: Path) -> str:
-    """A random name that stays with a state folder."""
-    path = state / _INSTANCE_FILE
-    try:
-        return path.read_text()
-    except FileNotFoundError:
-        name = secrets.token_hex(16)
-        write_atomically(path, name.encode())
-        return name
+def instance_id(state: Path, samples: Sequence[EncodedSample]) -> str:
+    """A random name that stays with a state folder and its training samples.
+
+    The server keeps what it holds of a client under this name: with other samples it is another.
+    """
+    path, data = state / _INSTANCE_FILE, _fingerprint(samples)
+    if path.exists():
+        name, _, data_then = path.read_text().partition(" ")
+        if data_then == data:
+            return name
+    name = secrets.token_hex(16)
+    write_atomically(path, f"{name} {data}".encode())
+    return name
 
 
 def drop_state(state: Path) -> None:

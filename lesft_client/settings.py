@@ -9,7 +9,7 @@ from pydantic_settings import SettingsConfigDict
 
 from lesft.sampling import Sampling
 from lesft.settings import ServiceSettings
-from lesft.spec import Encoding, LoraSpec
+from lesft.spec import Encoding, LoraSpec, RunOptions
 
 
 class DataSettings(ServiceSettings):
@@ -18,13 +18,30 @@ class DataSettings(ServiceSettings):
     data: str = Field(
         description="gsm8k, commonsense_qa, aqua_rat, wordproblems, a JSONL file or a data folder."
     )
-    samples: int = Field(0, ge=0, description="Samples to train on; 0 takes the whole share.")
+    samples: int = Field(
+        0,
+        ge=0,
+        description="Samples to train on, on average where shares differ in size; 0 takes the "
+        "whole share.",
+    )
     held_out: int = Field(
         0, ge=0, description="Held-out samples to score before and after training; 0 scores none."
     )
     share: str = Field(
         "1/1",
-        description="Which of several equal shares of the data is this client's, such as 2/4.",
+        description="Which of several shares of the data is this client's, such as 2/4.",
+    )
+    skew: Literal["none", "label", "answer", "steps", "size"] = Field(
+        "none",
+        description="In what the shares for training differ: the data's own labels, the final "
+        "answer's letter, the number of steps, or only in size.",
+    )
+    skew_alpha: float = Field(
+        0.5,
+        gt=0,
+        allow_inf_nan=False,
+        description="How little they differ: the parameter of a Dirichlet distribution; 0.1 is "
+        "far apart, 100 nearly equal.",
     )
     data_seed: int = Field(0, ge=0, description="Seed of the sharing and of generated problems.")
 
@@ -208,18 +225,28 @@ class RequiredLora(LoraSpec):
     """Refuse a run with other adapters; what is not given here is the server's."""
 
 
+class OwnRun(RunOptions):
+    """local: the run, which otherwise the server lays down."""
+
+
 class TrainSettings(DataSettings):
     """Fine-tune with others: LESFT's edge client keeps the text and the first decoder layers."""
 
     model_config = SettingsConfigDict(env_prefix="LESFT_CLIENT_")
 
     config: Path | None = Field(None, description="TOML file with any of these settings.")
-    server: str = Field(description="HOST:PORT of the central server.")
-    aggregator: str = Field(description="HOST:PORT of the aggregation server.")
+    server: str = Field("", description="HOST:PORT of the central server, if there is one.")
+    aggregator: str = Field(
+        "", description="HOST:PORT of the aggregation server, where the run averages adapters."
+    )
     model: str = Field(
         description="Folder with the tokenizer, with or without weights, or a hub id."
     )
     state: Path = Field(description="Folder for what this client keeps.")
+    local: bool = Field(
+        False,
+        description="Hold and train the whole model here, without a server; --run.* says how.",
+    )
     client_id: str = Field(
         "",
         pattern=r"^[A-Za-z0-9._-]{0,64}$",
@@ -275,10 +302,39 @@ class TrainSettings(DataSettings):
         None, description="Refuse a run with another encoding of gradients."
     )
     lora: RequiredLora | None = None
+    run: OwnRun | None = None
+
+    @model_validator(mode="after")
+    def _says_where_the_back_is(self) -> "TrainSettings":
+        if not self.local:
+            if not self.server:
+                raise ValueError("--server HOST:PORT is needed, or --local to train without one")
+            if self.run is not None:
+                raise ValueError("--run.* is for --local: with a server, the run is the server's")
+            return self
+        if self.server:
+            raise ValueError("--local trains without a server: leave --server out")
+        if self.run is None:
+            raise ValueError("--local needs to know the run: give --run.rounds at least")
+        if self.lora or self.activation_encoding or self.gradient_encoding:
+            raise ValueError(
+                "--lora.* and encodings are what to refuse a server's run for; with --local, set "
+                "--run.lora.*"
+            )
+        if not self.run.train_front:
+            raise ValueError(
+                "--run.no-train-front is for split runs: here nothing stands between front and back"
+            )
+        if self.run.clients > 1 and self.run.aggregate and not self.aggregator:
+            raise ValueError(
+                f"--aggregator is needed: {self.run.clients} clients average their adapters; else "
+                "set --run.clients 1 or --run.no-aggregate"
+            )
+        return self
 
 
 class EvaluateSettings(LanguageModelSettings):
-    """Ask the model the questions of a benchmark, and count its right answers."""
+    """Ask the model the questions of a benchmark: right answers, and how likely the solutions."""
 
     model_config = SettingsConfigDict(env_prefix="LESFT_CLIENT_")
 
@@ -299,11 +355,19 @@ class EvaluateSettings(LanguageModelSettings):
     questions: int = Field(
         100, ge=0, description="Questions to ask at most, drawn with --data-seed; 0 asks all."
     )
+    share: str = Field(
+        "1/1", description="Which of several equal shares of these questions to ask, such as 2/4."
+    )
     shots: int = Field(
         0, ge=0, description="Solved examples of the train split to show before each question."
     )
     data_seed: int = Field(
         0, ge=0, description="Seed of which questions and examples; for a file, that of train."
+    )
+    measure: Literal["accuracy", "likelihood", "both"] = Field(
+        "accuracy",
+        description="Have answers written and count the right ones; or take how likely the data's "
+        "own solutions are, which writes nothing and tells more with few questions; or both.",
     )
     prompt: Literal["chat", "harness"] = Field(
         "chat",
@@ -333,6 +397,17 @@ class EvaluateSettings(LanguageModelSettings):
         if value not in names and not value.endswith(".jsonl") and not Path(value).is_dir():
             raise ValueError(f"must be one of {', '.join(names)}, a folder, or end in .jsonl")
         return value
+
+    @field_validator("share")
+    @classmethod
+    def _is_one_of_the_shares(cls, value: str) -> str:
+        return DataSettings._is_one_of_the_shares(value)
+
+    @property
+    def share_parts(self) -> tuple[int, int]:
+        """Which share it is, counted from 1, and of how many."""
+        number, of = self.share.split("/")
+        return int(number), int(of)
 
     @model_validator(mode="after")
     def _has_one_source(self) -> "EvaluateSettings":

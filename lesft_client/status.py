@@ -1,10 +1,12 @@
 """What the client is doing, for its owner: shared by the training loop, the bar and the API."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 
+from lesft.micro_batch import StepResult
 from lesft_client.wire import WireCounter
 
 RESULT_FILE = "result.json"
@@ -24,6 +26,10 @@ class StatusBody(BaseModel):
     loss: float | None
     loss_by_round: list[float | None]
     """None for rounds that went on without this client."""
+    nll_by_round: list[float | None]
+    """Mean -log P per target token of its micro-batches, in nats, with dropout."""
+    class_counts_by_round: list[tuple[int, int, int] | None]
+    """Its salient, sub-salient and irrelevant target tokens; None where there are no classes."""
     adapter_version: int
     num_samples: int
     skipped_samples: int
@@ -49,6 +55,8 @@ class Status:
     tokens: int = 0
     """Tokens sent through the front for training, on both paths."""
     loss_by_round: list[float | None] = field(default_factory=list)
+    nll_by_round: list[float | None] = field(default_factory=list)
+    class_counts_by_round: list[tuple[int, int, int] | None] = field(default_factory=list)
     waiting_for: str = ""
     """What the run waits for, in words."""
     reconnects: int = 0
@@ -56,6 +64,19 @@ class Status:
     seconds_before: float = 0.0
     """Training time of what is done, but for the stretch since `_training_since`."""
     _training_since: float | None = None
+
+    def round_done(self, results: Sequence[StepResult]) -> None:
+        """Note what came of a round's micro-batches."""
+        self.loss_by_round.append(sum(result.loss for result in results) / len(results))
+        self.nll_by_round.append(sum(result.nll for result in results) / len(results))
+        counts = [result.class_counts for result in results if result.class_counts is not None]
+        self.class_counts_by_round.append(_sum(counts) if counts else None)
+
+    def go_to_round(self, round_index: int) -> None:
+        """Forget the rounds from this one on; those before it that are missing were missed."""
+        for figures in (self.loss_by_round, self.nll_by_round, self.class_counts_by_round):
+            del figures[round_index:]
+            figures += [None] * (round_index - len(figures))
 
     def reconnected(self) -> None:
         """Count a connection to the server that was made again."""
@@ -95,6 +116,8 @@ class Status:
             rounds=self.rounds,
             loss=self.loss_by_round[-1] if self.loss_by_round else None,
             loss_by_round=self.loss_by_round,
+            nll_by_round=self.nll_by_round,
+            class_counts_by_round=self.class_counts_by_round,
             adapter_version=self.adapter_version,
             num_samples=self.num_samples,
             skipped_samples=self.skipped_samples,
@@ -104,3 +127,8 @@ class Status:
             bytes_down=self.wire.total("down"),
             seconds_left=self.seconds_left(),
         )
+
+
+def _sum(counts: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
+    salient, sub_salient, irrelevant = (sum(column) for column in zip(*counts, strict=True))
+    return salient, sub_salient, irrelevant

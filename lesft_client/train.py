@@ -5,34 +5,33 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from lesft.adapter_halves import ADAPTER_FILE, SPEC_FILE, AdapterHalf, HalfInfo, encode_half
-from lesft.adapters import attach_lora
+from lesft.adapter_halves import SPEC_FILE
 from lesft.channel import open_channel
 from lesft.control import ControlServer, write_endpoints
-from lesft.errors import DataError, LesftError, ModelError
+from lesft.errors import DataError, InvalidInput, LesftError, ModelError
 from lesft.files import lock_folder, write_atomically
-from lesft.spec import PROTOCOL_VERSION, RunSpec
-from lesft.spec_messages import encoding_to_message, lora_to_message, spec_from_message
-from lesft.step_messages import Limits
+from lesft.model_card import figures_of
+from lesft.spec import RunSpec
 from lesft.tensors import encode_tensors
-from lesft.v1 import model_pb2, model_pb2_grpc, training_pb2
 from lesft_client.aggregation import Aggregator
-from lesft_client.back import Rejoin, Turn
+from lesft_client.back import BackLink, Rejoin, Turn
 from lesft_client.control_api import make_app
 from lesft_client.counted_progress import wants_bar
-from lesft_client.data import EncodedSample, Split, encode_samples
+from lesft_client.data import EncodedSample, Sample, Split, encode_samples, label_counts
 from lesft_client.data_command import samples_of
 from lesft_client.front import Front
-from lesft_client.link import Patience, ServerLink
+from lesft_client.link import Patience
+from lesft_client.local_run import LocalRun
 from lesft_client.progress import ProgressDisplay
-from lesft_client.recovery import ClientCheckpoints, drop_state, instance_id
-from lesft_client.run_front import describe_run, load_run_front
+from lesft_client.recovery import ClientCheckpoints, drop_state
 from lesft_client.settings import TrainSettings
+from lesft_client.split_run import SplitRun
 from lesft_client.status import RESULT_FILE, Status
 from lesft_client.tokenizer import load_tokenizer
 from lesft_client.trainer import HeldOut, Trainer
@@ -49,11 +48,11 @@ class TrainCommand:
         self._wire = WireCounter()
         self._status = Status(settings.client_id or socket.gethostname(), self._wire)
         self._display = ProgressDisplay(self._status, wants_bar(settings.progress))
-        self._server = f"server {settings.server}"
         self._patience = Patience(
             settings.patience_seconds, settings.reconnect_seconds, settings.stall_seconds
         )
         self._seconds: dict[str, float] = {}
+        self._samples_by_label: dict[str, int] = {}
 
     def run(self) -> None:
         """Train to the end of the run. Raises LesftError for whatever ends it early."""
@@ -74,13 +73,15 @@ class TrainCommand:
         settings, start = self._settings, time.monotonic()
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        with open_channel(settings.server, settings.insecure) as channel:
-            models = model_pb2_grpc.ModelServiceStub(channel)
-            description = describe_run(models, self._server, settings.patience_seconds, self._wire)
-            spec = spec_from_message(description.spec)
-            self._status.run_id, self._status.rounds = spec.run_id, spec.rounds
-            training, held_out = self._samples(spec)
-            front, fingerprint = self._front(models, description, spec)
+        run: SplitRun | LocalRun = (
+            LocalRun(settings, self._status.client_id)
+            if settings.local
+            else SplitRun(settings, self._status, self._display, self._patience)
+        )
+        spec = run.describe()
+        self._status.run_id, self._status.rounds = spec.run_id, spec.rounds
+        training, held_out = self._samples(spec)
+        front = run.load(spec)
         self._check_vocabulary([*training, *held_out], front, spec)
 
         checkpoints = ClientCheckpoints(
@@ -91,34 +92,26 @@ class TrainCommand:
             self._wire,
             self._display.waiting,
         )
-        link = ServerLink(
-            lambda: open_channel(settings.server, settings.insecure),
-            self._opening(spec, fingerprint, len(training)),
-            Limits(spec, front.model.config.hidden_size, front.model.config.vocab_size),
-            self._server,
-            self._wire,
-            self._patience,
-            checkpoints.rounds,
-            on_turn=lambda: averaging.interrupt(),
-            on_waiting=self._display.waiting,
-            on_reconnect=self._status.reconnected,
-        )
-        averaging = Aggregator(
-            lambda: open_channel(settings.aggregator, settings.insecure),
-            f"aggregator {settings.aggregator}",
-            self._status.client_id,
-            spec.run_id,
-            len(training),
-            self._patience,
-            self._wire,
-            still_wanted=link.check,
-            on_waiting=self._display.waiting,
-        )
+
+        def interrupt() -> None:
+            if averaging is not None:
+                averaging.interrupt()
+
+        link = run.link(front, training, checkpoints, on_turn=interrupt)
+        averaging = self._averaging(spec, len(training), link.check)
         trainer = Trainer(
-            front, link, averaging, training, self._status, settings.in_flight, checkpoints
+            front,
+            link,
+            averaging,
+            training,
+            self._status,
+            1 if settings.local else settings.in_flight,  # here there is no latency to hide
+            checkpoints,
         )
         try:
-            turn = self._begin(spec, link, averaging, trainer, checkpoints)
+            if averaging is not None:
+                averaging.join()
+            turn = self._begin(spec, link, trainer, checkpoints)
             self._seconds["preparing"] = time.monotonic() - start
             after = self._train(spec, trainer, checkpoints, held_out, turn)
         except KeyboardInterrupt:
@@ -131,21 +124,48 @@ class TrainCommand:
             link.leave("it failed; its own log has the details")
             raise
         finally:
-            averaging.close()
+            if averaging is not None:
+                averaging.close()
         link.leave("")
-        self._finish(trainer, front, HeldOut(**checkpoints.carried[_HELD_OUT_BEFORE]), after)
+        before = HeldOut(**checkpoints.carried[_HELD_OUT_BEFORE])
+        self._status.phase = "finished"
+        result = self._result(trainer, front, before, after)
+        state = settings.state
+        write_atomically(state / SPEC_FILE, spec.model_dump_json(indent=2).encode())
+        run.write_adapter(front, trainer.round, figures_of([result]))
+        write_atomically(state / RESULT_FILE, json.dumps(result, indent=2).encode())
+        self._display.say(f"finished; adapter and figures are in {state}")
+
+    def _averaging(
+        self, spec: RunSpec, num_samples: int, still_wanted: Callable[[], None]
+    ) -> Aggregator | None:
+        """The aggregator, where this client has anything to average with others."""
+        settings = self._settings
+        if not spec.aggregates or (settings.local and spec.clients == 1):
+            if settings.aggregator:
+                self._display.say("this run averages no adapters: --aggregator is not used")
+            return None
+        if not settings.aggregator:
+            raise InvalidInput(
+                "this run averages its clients' adapters: give --aggregator HOST:PORT"
+            )
+        return Aggregator(
+            lambda: open_channel(settings.aggregator, settings.insecure),
+            f"aggregator {settings.aggregator}",
+            self._status.client_id,
+            spec.run_id,
+            num_samples,
+            self._patience,
+            self._wire,
+            still_wanted=still_wanted,
+            on_waiting=self._display.waiting,
+        )
 
     def _begin(
-        self,
-        spec: RunSpec,
-        link: ServerLink,
-        averaging: Aggregator,
-        trainer: Trainer,
-        checkpoints: ClientCheckpoints,
+        self, spec: RunSpec, link: BackLink, trainer: Trainer, checkpoints: ClientCheckpoints
     ) -> Turn | None:
-        """Join both services and restore what was kept; returns where the server wants us."""
+        """Open the link and restore what was kept; returns where the back wants us."""
         kept = checkpoints.rounds()
-        averaging.join()
         turn = link.open()
         if kept:
             begin = kept[-1] if isinstance(turn, Rejoin) else turn.round
@@ -196,8 +216,7 @@ class TrainCommand:
         tokenizer = load_tokenizer(settings.model)
         max_length = min(settings.max_length or spec.max_length, spec.max_length)
 
-        def encoded(split: Split) -> list[EncodedSample]:
-            samples = samples_of(settings, split)
+        def encoded(split: Split, samples: list[Sample]) -> list[EncodedSample]:
             try:
                 kept, skipped = encode_samples(samples, tokenizer, max_length)
             except DataError as error:
@@ -215,23 +234,13 @@ class TrainCommand:
                 )
             return kept
 
-        training = encoded("train")
+        samples = samples_of(settings, "train")
+        self._samples_by_label = label_counts(samples, settings.skew)
+        training = encoded("train", samples)
         self._status.num_samples = len(training)
-        return training, encoded("test") if settings.held_out else []
-
-    def _front(
-        self,
-        models: model_pb2_grpc.ModelServiceStub,
-        description: model_pb2.DescribeRunResponse,
-        spec: RunSpec,
-    ) -> tuple[Front, str]:
-        """The front of the run with fresh adapters, and the fingerprint of its weights."""
-        settings = self._settings
-        model, fingerprint = load_run_front(
-            models, description, settings, self._server, self._wire, self._display
-        )
-        attach_lora(model, spec.lora, spec.seed, 0)
-        return Front(model, spec, self._status.client_id, settings.precision), fingerprint
+        if not settings.held_out:
+            return training, []
+        return training, encoded("test", samples_of(settings, "test"))
 
     def _check_vocabulary(self, samples: list[EncodedSample], front: Front, spec: RunSpec) -> None:
         """Raises ModelError when the tokenizer cannot be the model's."""
@@ -243,29 +252,6 @@ class TrainCommand:
                 f"run's model knows {num_tokens} tokens only: use the tokenizer of "
                 f"{spec.model_name}"
             )
-
-    def _opening(
-        self, spec: RunSpec, fingerprint: str, num_samples: int
-    ) -> training_pb2.OpenSession:
-        """What this client is and insists on, for the server to compare with its run."""
-        settings = self._settings
-        required_lora = settings.lora.model_dump(exclude_unset=True) if settings.lora else {}
-        return training_pb2.OpenSession(
-            protocol_version=PROTOCOL_VERSION,
-            client_id=self._status.client_id,
-            run_id=spec.run_id,
-            front_fingerprint=fingerprint,
-            cut_layer=settings.cut_layer or spec.cut_layer,
-            lora=lora_to_message(spec.lora.model_copy(update=required_lora)),
-            activation_encoding=encoding_to_message(
-                settings.activation_encoding or spec.activation_encoding
-            ),
-            gradient_encoding=encoding_to_message(
-                settings.gradient_encoding or spec.gradient_encoding
-            ),
-            num_samples=num_samples,
-            instance_id=instance_id(settings.state),
-        )
 
     # ------------------------------------------------------------------ around training
 
@@ -279,27 +265,25 @@ class TrainCommand:
         self._display.say(f"held-out -log P per token: {score.nll_sum / score.tokens:.4f}")
         return score
 
-    def _finish(self, trainer: Trainer, front: Front, before: HeldOut, after: HeldOut) -> None:
-        """Leave the adapter, the run it is of and the figures in the state folder."""
-        state, spec = self._settings.state, front.spec
-        info = HalfInfo.of(spec, "front", rounds=trainer.round)
-        half = AdapterHalf(info, front.adapter())
-        write_atomically(state / SPEC_FILE, spec.model_dump_json(indent=2).encode())
-        write_atomically(state / ADAPTER_FILE, encode_half(half))
-        self._status.phase = "finished"
-        result: dict[str, Any] = {
+    def _result(
+        self, trainer: Trainer, front: Front, before: HeldOut, after: HeldOut
+    ) -> dict[str, Any]:
+        """What came of the run, for result.json."""
+        parameters, trained = front.num_parameters()
+        return {
             **self._status.body().model_dump(
                 exclude={"phase", "waiting_for", "seconds_left", "loss"}
             ),
             # Of the tensors as they travel: the aggregator names its average so, too.
-            "adapter_sha256": hashlib.sha256(encode_tensors(half.tensors, "raw")).hexdigest(),
+            "adapter_sha256": hashlib.sha256(encode_tensors(front.adapter(), "raw")).hexdigest(),
+            "parameters": parameters,
+            "trained_parameters": trained,
+            "samples_by_label": self._samples_by_label,
             "held_out_before": asdict(before),
             "held_out_after": asdict(after),
             "wire": self._wire.by_kind(),
             "seconds": {**self._seconds, **trainer.timer.seconds},
         }
-        write_atomically(state / RESULT_FILE, json.dumps(result, indent=2).encode())
-        self._display.say(f"finished; adapter and figures are in {state}")
 
 
 def train(settings: TrainSettings) -> None:

@@ -3,13 +3,14 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
+from lesft.adapters import layer_of
 from lesft.errors import HandshakeMismatch, StaleVersion
 from lesft.micro_batch import StepKey, StepResult
 from lesft.spec import RunSpec
@@ -64,7 +65,7 @@ class Trainer:
         self,
         front: Front,
         back: BackLink,
-        aggregator: AggregatorLink,
+        aggregator: AggregatorLink | None,
         samples: Sequence[EncodedSample],
         status: Status,
         in_flight: int = 0,
@@ -72,7 +73,8 @@ class Trainer:
     ) -> None:
         """`in_flight` bounds the micro-batches sent ahead; 0 takes the whole window.
 
-        Without a `keeper` there are no checkpoints to go back to.
+        Without an `aggregator` this client's adapter stays its own, whatever the spec says. Without
+        a `keeper` there are no checkpoints to go back to.
         """
         self._front = front
         self._back = back
@@ -97,10 +99,9 @@ class Trainer:
         try:
             while self.round < self._spec.rounds:
                 results = self._train_round(self.round)
-                if self._spec.aggregates_after(self.round):
-                    self._aggregate()
-                losses = [result.loss for result in results]
-                self._status.loss_by_round.append(sum(losses) / len(losses))
+                if self._aggregator is not None and self._spec.aggregates_after(self.round):
+                    self._aggregate(self._aggregator)
+                self._status.round_done(results)
                 self.round += 1
                 if results[-1].checkpoint:
                     self.save()
@@ -117,20 +118,28 @@ class Trainer:
         in_flight: deque[ForwardPass] = deque()
         results: list[StepResult] = []
         for micro in range(self._spec.accumulation):
-            if len(in_flight) == self._max_in_flight:
+            key = StepKey(round_index, micro)
+            numbers = self._draw(key)
+            while in_flight and (
+                len(in_flight) == self._max_in_flight or _on_their_way(numbers, in_flight)
+            ):
                 results.append(self._finish(in_flight.popleft()))
-            in_flight.append(self._start(StepKey(round_index, micro)))
+            in_flight.append(self._start(key, numbers))
         while in_flight:
             results.append(self._finish(in_flight.popleft()))
-        with self.timer.phase("optimizer"):
-            self._front.step()
+        if self._spec.train_front:
+            with self.timer.phase("optimizer"):
+                self._front.step()
         return results
 
-    def _start(self, key: StepKey) -> ForwardPass:
-        """Steps 1 and 2: draw a mini-batch, go forward on both paths, upload."""
-        samples = self._draw(key)
+    def _start(self, key: StepKey, numbers: Sequence[int]) -> ForwardPass:
+        """Steps 1 and 2: go forward on both paths with a mini-batch, upload."""
         with self.timer.phase("front_forward"):
-            forward = self._front.forward(key, samples)
+            if self._spec.train_front:
+                forward = self._front.forward(key, [self._samples[n] for n in numbers])
+            else:
+                new = {n: self._samples[n] for n in numbers if not self._back.holds(n)}
+                forward = self._front.forward_frozen(key, numbers, new)
         self._back.send(forward.micro_batch)
         return forward
 
@@ -138,29 +147,42 @@ class Trainer:
         """Step 7: wait for the gradient and go backward. Returns what came back."""
         with self.timer.phase("waiting_for_gradient"):
             result = self._back.receive()
-        with self.timer.phase("front_backward"):
-            self._front.backward(forward, result)
+        if self._spec.train_front:
+            with self.timer.phase("front_backward"):
+                self._front.backward(forward, result)
         batch = forward.micro_batch
         self._status.tokens += sum(batch.base.lengths)
         self._status.tokens += sum(batch.reference.lengths) if batch.reference else 0
         return result
 
-    def _aggregate(self) -> None:
-        """Steps 8 to 10: hand in Θ_i, wait for Θ̄ and go on from it."""
+    def _aggregate(self, aggregator: AggregatorLink) -> None:
+        """Steps 8 to 10: hand in Θ_i, wait for Θ̄ and go on from it.
+
+        Personal layers take no part: they stay as this client has trained them.
+        """
         version = self._status.adapter_version
         with self.timer.phase("aggregation"):
             try:
-                self._aggregator.submit(version, self._front.adapter())
+                aggregator.submit(version, self._shared())
             except StaleVersion:
                 if self._spec.mode == "lockstep":
                     raise
                 log.warning("version %d was averaged without this client", version + 1)
-            self._take_average(version + 1)
+            self._take_average(aggregator, version + 1)
 
-    def _take_average(self, version: int) -> None:
-        state = self._front.adapter()
-        self._front.load_adapter(self._aggregator.fetch(version, like=state))
+    def _take_average(self, aggregator: AggregatorLink, version: int) -> None:
+        average = aggregator.fetch(version, like=self._shared())
+        self._front.load_adapter({**self._front.adapter(), **average})
         self._status.adapter_version = version
+
+    def _shared(self) -> dict[str, torch.Tensor]:
+        """Θ_i without its personal layers."""
+        personal = set(self._spec.personal_layers)
+        return {
+            name: tensor
+            for name, tensor in self._front.adapter().items()
+            if layer_of(name) not in personal
+        }
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -182,7 +204,7 @@ class Trainer:
         assert self._keeper is not None, "without checkpoints there is nothing to go back to"
         self._front.load_state(self._keeper.load(round_index))
         self.round = round_index
-        del self._status.loss_by_round[round_index:]
+        self._status.go_to_round(round_index)
 
     def go_back(self, round_index: int) -> None:
         """Go on from the checkpoint of a round."""
@@ -199,22 +221,19 @@ class Trainer:
                 f"round: the others go on at round {round_index}, this client stands at "
                 f"{self.round} and has no checkpoint of theirs; start it anew with --fresh"
             )
-        if now > before:
-            self._take_average(self._status.adapter_version + now - before)
-        losses = self._status.loss_by_round
-        del losses[round_index:]
-        losses += [None] * (round_index - len(losses))
+        if self._aggregator is not None and now > before:
+            version = self._status.adapter_version + now - before
+            self._take_average(self._aggregator, version)
+        self._status.go_to_round(round_index)
         self.round = round_index
 
     # ------------------------------------------------------------------ beside training
 
-    def _draw(self, key: StepKey) -> list[EncodedSample]:
+    def _draw(self, key: StepKey) -> list[int]:
         """The samples of a micro-batch: a function of seed and key, so that it can be replayed."""
         first = (key.round * self._spec.accumulation + key.micro) * self._spec.batch_size
         return [
-            self._samples[
-                sample_index(self._spec.seed, self._status.client_id, position, len(self._samples))
-            ]
+            sample_index(self._spec.seed, self._status.client_id, position, len(self._samples))
             for position in range(first, first + self._spec.batch_size)
         ]
 
@@ -228,6 +247,11 @@ class Trainer:
             tokens += sum(len(sample.target_ids) for sample in batch)
             on_batch()
         return HeldOut(nll_sum, tokens)
+
+
+def _on_their_way(numbers: Sequence[int], in_flight: Iterable[ForwardPass]) -> bool:
+    """Whether activations of these samples were sent and may be held once they are answered."""
+    return any(n in sent.micro_batch.enclosed for sent in in_flight for n in numbers)
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,11 @@ _STOP_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Request:
-    """A client's micro-batch, and the SHA-256 of what it sent."""
+    """A client's micro-batch, the SHA-256 of what it sent, and which of its samples are kept."""
 
     batch: MicroBatch
     digest: bytes
+    held: tuple[int, ...] = ()
 
 
 class StepState(enum.Enum):
@@ -334,7 +335,10 @@ class Cohort:
                 Entry(
                     name,
                     requests[name].digest,
-                    *result_to_message(replace(result, checkpoint=tensors is not None), encoding),
+                    *result_to_message(
+                        replace(result, checkpoint=tensors is not None, held=requests[name].held),
+                        encoding,
+                    ),
                 )
                 for name, result in zip(shares, results, strict=True)
             ]
@@ -349,7 +353,7 @@ class Cohort:
     def _checkpoint_is_due(self, key: StepKey) -> bool:
         run = self._run
         return key.micro == run.spec.accumulation - 1 and (
-            run.spec.aggregates_after(key.round) or run.checkpoint_wanted or run.stop_wanted
+            run.spec.ends_interval(key.round) or run.checkpoint_wanted or run.stop_wanted
         )
 
     def write_adapter(self, checkpoint: Checkpoint) -> None:

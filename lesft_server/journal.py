@@ -16,6 +16,7 @@ from typing import TypeVar
 from lesft.checkpoints import Checkpoint, CheckpointStore
 from lesft.files import when_there_is_room, write_atomically
 from lesft_server.ledger import Entry, Ledger
+from lesft_server.sample_store import SAMPLES_FOLDER
 
 CHECKPOINTS_FOLDER = "checkpoints"
 DROPPED_FILE = "dropped.json"
@@ -88,6 +89,6 @@ class Journal:
 
 def drop_journal(state: Path) -> None:
     """Forget what an earlier run left in a state folder."""
-    for name in (CHECKPOINTS_FOLDER, LEDGER_FOLDER):
+    for name in (CHECKPOINTS_FOLDER, LEDGER_FOLDER, SAMPLES_FOLDER):
         shutil.rmtree(state / name, ignore_errors=True)
     (state / DROPPED_FILE).unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from lesft.errors import InvalidInput, Unreachable
 from lesft.files import lock_folder, write_atomically
 from lesft.hub import model_folder
 from lesft.spec import RunSpec
-from lesft.split import check_cut_layer, default_cut_layer
+from lesft.split import check_cut_layer, check_personal_layers, default_cut_layer
 from lesft.step_messages import Limits
 from lesft.v1 import inference_pb2_grpc, model_pb2_grpc, training_pb2_grpc
 from lesft.weights import Checkpoint, FrontFile, front_fingerprint, load_back
@@ -32,6 +32,7 @@ from lesft_server.control_api import make_app
 from lesft_server.generation import Generation
 from lesft_server.journal import Journal, drop_journal
 from lesft_server.run import Run
+from lesft_server.sample_store import SampleStore
 from lesft_server.session import Engine
 from lesft_server.settings import ServerSettings
 
@@ -127,12 +128,17 @@ class Server:
         cohort = Cohort(run, back, self._device, journal, settings.state / ADAPTER_FILE)
         if newest is not None:
             cohort.write_adapter(newest)  # as this version writes it; an older one may have before
+        # In a thread: it reads what it has kept.
+        samples = await asyncio.to_thread(
+            SampleStore, settings.state, spec, settings.kept_activations_mib << 20
+        )
         return Engine(
             run=run,
             back=back,
             device=self._device,
             journal=journal,
             cohort=cohort,
+            samples=samples,
             limits=Limits(spec, back.model.config.hidden_size, back.model.config.vocab_size),
             heartbeat_seconds=settings.heartbeat_seconds,
             stall_seconds=settings.stall_seconds,
@@ -179,6 +185,7 @@ def _load(settings: ServerSettings, checkpoint: Checkpoint) -> tuple[Back, RunSp
     num_layers = checkpoint.config.num_hidden_layers
     cut_layer = settings.cut_layer or default_cut_layer(num_layers)
     check_cut_layer(cut_layer, num_layers)
+    check_personal_layers(settings.personal_layers, cut_layer)
     spec = settings.run_spec(
         Path(settings.model).name if Path(settings.model).exists() else settings.model,
         cut_layer,

@@ -18,6 +18,7 @@ from lesft.micro_batch import Path, StepKey, Targets
 from lesft.step_messages import (
     Limits,
     check_lengths,
+    check_samples,
     held_out_from_message,
     micro_batch_from_message,
 )
@@ -26,6 +27,7 @@ from lesft_server.cohort import Cohort, Request
 from lesft_server.handshake import resume_point
 from lesft_server.journal import Journal
 from lesft_server.run import Run, RunState
+from lesft_server.sample_store import SampleStore
 
 MAX_HELD_OUT_WAITING = 8
 """Held-out requests of one session that may wait for their answers at once."""
@@ -64,6 +66,7 @@ class Engine:
     device: DeviceThread
     journal: Journal
     cohort: Cohort
+    samples: SampleStore
     limits: Limits
     heartbeat_seconds: float
     stall_seconds: float
@@ -97,6 +100,8 @@ class Session:
         cohort.welcome(client_id)
         self.member = run.join(client_id, opening.num_samples, opening.instance_id, self._tell)
         self.member.next_key = self._next_key
+        self.held = engine.samples.of(client_id, opening.instance_id)
+        """The samples whose activations were sent before; none where clients train."""
 
     # ------------------------------------------------------------------ requests
 
@@ -134,20 +139,30 @@ class Session:
             raise OutOfOrder(f"{key}: the run has only {key.round} rounds")
         if key.micro == 0 and self._unanswered["micro_batch"]:
             raise OutOfOrder(f"{key} came before the round before it was answered")
-        check_lengths(header, self._engine.limits)
-        data = await self._receive_bundle(header, requests)
+        spec = self._engine.run.spec
+        check_samples(header, spec, self.member.num_samples)
+        self.held.check_complete(header.samples, header.enclosed)
+        data = b""
+        if spec.train_front or header.enclosed:
+            check_lengths(header, self._engine.limits)
+            data = await self._receive_bundle(header, requests)
+        request = await asyncio.to_thread(self._read_request, header, data)
+        if self.state is SessionState.OPEN:
+            self._next_key = key.following(spec.accumulation)
+            self.member.next_key = self._next_key
+        self._answer_with("micro_batch", self._train(request))
 
-        def read() -> Request:
+    def _read_request(self, header: training_pb2.MicroBatch, data: bytes) -> Request:
+        """Runs in a thread of its own."""
+        if self._engine.run.spec.train_front:
             batch = micro_batch_from_message(header, data, self._engine.limits)
             digest = hashlib.sha256(header.SerializeToString(deterministic=True))
             digest.update(data)
             return Request(batch, digest.digest())
-
-        request = await asyncio.to_thread(read)
-        if self.state is SessionState.OPEN:
-            self._next_key = key.following(self._engine.run.spec.accumulation)
-            self.member.next_key = self._next_key
-        self._answer_with("micro_batch", self._train(request))
+        received = micro_batch_from_message(header, data, self._engine.limits)
+        batch, contents = self.held.complete(received)
+        held = tuple(n for n in self.held.numbers if n in batch.samples)
+        return Request(batch, contents, held)
 
     async def _receive_held_out(self, header: training_pb2.HeldOut, requests: _Requests) -> None:
         if self._unanswered["held_out"] == MAX_HELD_OUT_WAITING:

@@ -51,6 +51,12 @@ class ServerSettings(ServiceSettings, RunOptions):
     idle_seconds: float = Field(
         120, gt=0, description="A text that nothing comes for in so long gives its memory back."
     )
+    kept_activations_mib: int = Field(
+        8192,
+        ge=0,
+        description="Disk for activations of clients that do not train, in MiB; what has no room "
+        "is sent again.",
+    )
     heartbeat_seconds: float = Field(
         5, gt=0, description="How often the server and its clients say that they are there."
     )

@@ -46,6 +46,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
                     ),
                     course=resumes_at.course,
                     heartbeat_seconds=self._engine.heartbeat_seconds,
+                    held=session.held.numbers,
                 )
             )
             async for response in session.answers():

@@ -1,6 +1,7 @@
 """The command lines of the three services, from the testbed's settings; all ports are free ones.
 
-`more` are options beside these or, like a fixed port, instead of them.
+Settings are as those who train see them, `RunSettings.as_trained`. `more` are options beside these
+or, like a fixed port, instead of them.
 """
 
 import sys
@@ -12,7 +13,7 @@ from lesft.spec import RunOptions
 from lesft_testbed.settings import RunSettings
 
 _ANY_PORT = "127.0.0.1:0"
-_MOST_TOKENS_OF_AN_ANSWER = 160
+_ANSWERS_AT_ONCE = 32
 _NO_MORE: Mapping[str, Any] = {}
 
 
@@ -25,8 +26,6 @@ def server_command(
     settings: RunSettings, model: str, state: Path, more: Mapping[str, Any] = _NO_MORE
 ) -> list[str]:
     """`lesft-server` with the run's options."""
-    run = settings.model_dump(mode="json", include=set(RunOptions.model_fields))
-    run["rounds"] = settings.num_rounds
     own = {
         "model": model,
         "state": state,
@@ -37,7 +36,7 @@ def server_command(
         "precision": settings.precision,
         "threads": settings.server_threads,
     }
-    return [_program("lesft-server"), *_options({**own, **run, **more})]
+    return [_program("lesft-server"), *_options({**own, **_run_options(settings), **more})]
 
 
 def aggregator_command(
@@ -65,11 +64,12 @@ def client_command(
     aggregator: str,
     more: Mapping[str, Any] = _NO_MORE,
 ) -> list[str]:
-    """`lesft-client train` for one client and its share of the data."""
-    own = {
+    """`lesft-client train` for one client and its share of the data.
+
+    `server` is not used where the model is not split; without an `aggregator` there is none.
+    """
+    own: dict[str, Any] = {
         "client_id": client_name(index),
-        "server": server,
-        "aggregator": aggregator,
         "model": model,
         "state": state,
         "control": _ANY_PORT,
@@ -78,41 +78,53 @@ def client_command(
         "share": f"{index + 1}/{settings.clients}",
         "samples": settings.samples,
         "held_out": settings.held_out,
-        "weights": settings.weights,
-        "cache": settings.cache,
+        "skew": settings.skew,
+        "skew_alpha": settings.skew_alpha,
         "device": settings.device,
         "precision": settings.precision,
         "threads": settings.client_threads,
         "progress": "lines",
     }
+    if settings.split:
+        own |= {"server": server, "weights": settings.weights, "cache": settings.cache}
+    else:
+        own |= {"local": True, "run": _run_options(settings)}
+    if aggregator:
+        own["aggregator"] = aggregator
     return [_program("lesft-client"), "train", *_options({**own, **more})]
 
 
 def evaluate_command(
-    settings: RunSettings, model: str, state: Path, server: str, output: Path, untuned: bool
+    settings: RunSettings, model: str, output: Path, adapter: Path | None, share: tuple[int, int]
 ) -> list[str]:
-    """`lesft-client evaluate` on test questions, by the client of `state` or as before training."""
-    own = {
-        **_answering(settings, model, server),
+    """`lesft-client evaluate` on test questions, by the whole model on this machine.
+
+    Without an `adapter` it is as it was before. `share` is (I, N): only every N-th question, from
+    the I-th on, counted from 1.
+    """
+    own: dict[str, Any] = {
+        "local": True,
+        "model": model,
+        "device": settings.device,
+        "precision": settings.precision,
+        "threads": settings.server_threads,
         "benchmark": settings.data,
         "data_seed": settings.seed,
         "questions": settings.questions,
+        "share": f"{share[0]}/{share[1]}",
+        "measure": settings.measure,
         "output": output,
-        "max_tokens": _MOST_TOKENS_OF_AN_ANSWER,
+        "max_tokens": settings.max_tokens,
+        "batch": _ANSWERS_AT_ONCE,
         "progress": "lines",
     }
-    which = ["--untuned"] if untuned else [f"--state={state}"]
-    return [_program("lesft-client"), "evaluate", *_options(own), *which]
+    own |= {"untuned": True} if adapter is None else {"adapter": adapter}
+    return [_program("lesft-client"), "evaluate", *_options(own)]
 
 
 def serve_command(settings: RunSettings, model: str, state: Path, server: str) -> list[str]:
     """`lesft-client serve` by the client of `state`."""
-    own = {**_answering(settings, model, server), "state": state}
-    return [_program("lesft-client"), "serve", *_options(own)]
-
-
-def _answering(settings: RunSettings, model: str, server: str) -> dict[str, Any]:
-    return {
+    own = {
         "server": server,
         "model": model,
         "weights": settings.weights,
@@ -120,7 +132,14 @@ def _answering(settings: RunSettings, model: str, server: str) -> dict[str, Any]
         "device": settings.device,
         "precision": settings.precision,
         "threads": settings.client_threads,
+        "state": state,
     }
+    return [_program("lesft-client"), "serve", *_options(own)]
+
+
+def _run_options(settings: RunSettings) -> dict[str, Any]:
+    run = settings.model_dump(mode="json", include=set(RunOptions.model_fields))
+    return {**run, "rounds": settings.num_rounds}
 
 
 def _program(name: str) -> str:
@@ -133,7 +152,10 @@ def _options(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         option = f"{prefix}{name.replace('_', '-')}"
         if isinstance(value, Mapping):
             yield from _options(value, f"{option}.")
+        elif isinstance(value, bool):
+            yield f"--{option}" if value else f"--no-{option}"
         elif isinstance(value, list):
-            yield f"--{option}={','.join(map(str, value))}"
+            # An empty one cannot be written, and is the default wherever it may be.
+            yield from [f"--{option}={','.join(map(str, value))}"] if value else ()
         else:
             yield f"--{option}={value}"

@@ -15,6 +15,12 @@ PROGRAM = Program(
             "lesft_testbed.run:run_testbed",
         ),
         Command(
+            "compare",
+            "run methods over models, data, seeds and sizes, and test them against each other",
+            "lesft_testbed.comparison.settings:CompareSettings",
+            "lesft_testbed.comparison.compare:compare",
+        ),
+        Command(
             "serve",
             "offer the result of a run as an OpenAI-compatible endpoint",
             f"{_SETTINGS}:ServeSettings",

@@ -20,10 +20,12 @@ def draw_loss(report: Report, loss_by_client: Sequence[Sequence[float]], path: P
         for index, losses in enumerate(loss_by_client):
             label = "loss of each client" if index == 0 else None
             axes.plot(rounds, losses, color=_CLIENT, linewidth=0.8, label=label)
-    axes.plot(rounds, report.loss_by_round, color=_LOSS, linewidth=2, label="loss (token-weighted)")
-    axes.plot(
-        rounds, report.nll_by_round, color=_NLL, linewidth=2, label="$-$log P per target token"
-    )
+    nll_name = "$-$log P per target token"
+    if report.loss_by_round == report.nll_by_round:
+        nll_name = f"loss: {nll_name}"
+    else:
+        axes.plot(rounds, report.loss_by_round, color=_LOSS, linewidth=2, label=_loss_name(report))
+    axes.plot(rounds, report.nll_by_round, color=_NLL, linewidth=2, label=nll_name)
     if report.heldout_nll_before is not None and report.heldout_nll_after is not None:
         held_out = [report.heldout_nll_before, report.heldout_nll_after]
         axes.plot(
@@ -33,16 +35,18 @@ def draw_loss(report: Report, loss_by_client: Sequence[Sequence[float]], path: P
             linestyle="none",
             marker="D",
             markersize=7,
+            clip_on=False,
             label="held-out $-$log P, before and after",
         )
         for x, value in ((0, held_out[0]), (report.rounds, held_out[1])):
             axes.annotate(
                 f"{value:.3f}", (x, value), xytext=(0, -16), textcoords="offset points", ha="center"
             )
+    clients = "1 client" if report.clients == 1 else f"{report.clients} clients"
+    cut = "not split" if report.cut_layer is None else f"cut after layer {report.cut_layer}"
+    method = "" if report.method == "lesft" else f", {report.method}"
     axes.set_title(
-        f"{report.model} on {Path(report.dataset).name}: {report.clients} clients, cut after layer "
-        f"{report.cut_layer}",
-        fontsize=11,
+        f"{report.model} on {Path(report.dataset).name}: {clients}, {cut}{method}", fontsize=11
     )
     axes.set_xlabel("round (one optimizer step each)")
     axes.set_ylabel("nats")
@@ -52,3 +56,8 @@ def draw_loss(report: Report, loss_by_client: Sequence[Sequence[float]], path: P
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def _loss_name(report: Report) -> str:
+    is_uniform = report.settings["loss"]["token_weights"] == "uniform"
+    return "loss" if is_uniform else "loss (token-weighted)"

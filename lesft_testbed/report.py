@@ -1,4 +1,4 @@
-"""What came of a run: report.json and report.md from the figures that the services left."""
+"""What came of a run: report.json from the figures that the services left."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -7,38 +7,39 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from rich.filesize import decimal
+
+from lesft_testbed.questions import Questions, accuracy, nll_per_token
+from lesft_testbed.settings import RunSettings
 
 REPORT_FILE = "report.json"
-PAGE_FILE = "report.md"
-PICTURE_FILE = "loss.png"
-ADAPTER_FOLDER = "adapter"
 
+_NOT_OF_THE_RUN = {"output", "config", "cache", "progress"}
 _PACKAGES = ("lesft", "torch", "transformers", "peft", "grpcio", "safetensors", "numpy")
-
-
-class Accuracy(BaseModel):
-    """How many test questions were answered right: an evaluation.json, or what is needed of it."""
-
-    questions: int
-    accuracy: float
-    interval: tuple[float, float]
 
 
 class Report(BaseModel):
     """report.json. Losses are in nats, sizes in bytes unless the name says another unit."""
 
     method: str
+    settings: dict[str, Any]
+    """All settings of the run, but for where its results and fetched models go."""
     model: str
     dataset: str
     clients: int
-    cut_layer: int
+    """Those that trained: one where the data is pooled."""
+    cut_layer: int | None
+    """Null where the model was not split."""
     rounds: int
     samples_per_client: int
+    """As was asked for; the mean where the shares' sizes differ."""
+    samples_by_client: list[int]
+    """Without the skipped ones."""
+    labels_by_client: list[dict[str, int]]
+    """Samples by what the skew is over or else by kind of problem; empty where there is none."""
     skipped_samples: int
     """Samples of all clients that were longer than max_length."""
     loss_by_round: list[float]
-    """The loss that was trained on: token-weighted, the mean over clients by data share."""
+    """The loss that was trained on, the mean over clients by data share."""
     nll_by_round: list[float]
     """Mean -log P per target token of the same micro-batches, with dropout."""
     class_counts_by_round: list[tuple[int, int, int] | None]
@@ -53,6 +54,15 @@ class Report(BaseModel):
     accuracy_interval_before: tuple[float, float] | None
     """Wilson's 95% confidence interval."""
     accuracy_interval_after: tuple[float, float] | None
+    test_nll_before: float | None
+    """Mean -log P per target token of the test questions' own solutions; null where not measured.
+    questions.json has it question by question."""
+    test_nll_after: float | None
+    adapters: list[str]
+    """Folders of PEFT adapters, relative to the output: one, or one of each client."""
+    client_parameters: int
+    """Model parameters that a client held, of the client with the most."""
+    client_trained_parameters: int
     wire: dict[str, dict[str, int]]
     """Bytes of all clients by kind; `up` is from client to server or aggregator."""
     seconds: dict[str, float]
@@ -62,48 +72,71 @@ class Report(BaseModel):
     versions: dict[str, str]
     seed: int
 
+    @property
+    def is_skewed(self) -> bool:
+        """Whether the clients' shares of the data were made to differ."""
+        skewed: bool = self.settings["skew"] != "none" and self.clients > 1
+        return skewed
+
 
 def make_report(
+    settings: RunSettings,
     spec: Mapping[str, Any],
-    dataset: str,
-    samples_per_client: int,
     rounds: Sequence[Mapping[str, Any]],
     results: Sequence[Mapping[str, Any]],
-    accuracy: Mapping[str, Accuracy],
+    questions: Questions,
+    adapters: Sequence[str],
     seconds: Mapping[str, float],
     peak_rss_bytes: Mapping[str, int],
 ) -> Report:
     """The report of a finished run.
 
-    `spec` is the server's run_spec.json, `rounds` its /v1/rounds, `results` the clients'
-    result.json, `accuracy` what was found "before" and "after", or empty.
+    `settings` as they were given, `spec` is the run_spec.json, `rounds` of a `RoundLog`, `results`
+    the clients' result.json, `questions` what was found "before" and "after", or empty.
     """
-    before, after = accuracy.get("before"), accuracy.get("after")
     return Report(
-        method="lesft",
+        method=settings.method,
+        settings=settings.model_dump(mode="json", exclude=_NOT_OF_THE_RUN),
         model=spec["model_name"],
-        dataset=dataset,
-        clients=spec["clients"],
-        cut_layer=spec["cut_layer"],
+        dataset=settings.data,
+        clients=len(results),
+        cut_layer=spec["cut_layer"] if settings.split else None,
         rounds=len(rounds),
-        samples_per_client=samples_per_client,
+        samples_per_client=settings.as_trained().samples,
+        samples_by_client=[result["num_samples"] for result in results],
+        labels_by_client=[result["samples_by_label"] for result in results],
         skipped_samples=sum(result["skipped_samples"] for result in results),
         loss_by_round=[record["loss"] for record in rounds],
         nll_by_round=[record["nll"] for record in rounds],
         class_counts_by_round=[record["class_counts"] for record in rounds],
         heldout_nll_before=_held_out(results, "held_out_before"),
         heldout_nll_after=_held_out(results, "held_out_after"),
-        accuracy_before=before and before.accuracy,
-        accuracy_after=after and after.accuracy,
-        accuracy_questions=after.questions if after else 0,
-        accuracy_interval_before=before and before.interval,
-        accuracy_interval_after=after and after.interval,
+        **_of_questions(questions),
+        adapters=list(adapters),
+        client_parameters=max(result["parameters"] for result in results),
+        client_trained_parameters=max(result["trained_parameters"] for result in results),
         wire=_wire(results),
-        seconds={"starting": seconds["starting"], **_stages(results), "total": seconds["total"]},
+        seconds={
+            "starting": seconds["starting"],
+            **_stages(results),
+            "questions": seconds["questions"],
+            "total": seconds["total"],
+        },
         peak_rss_mib={name: round(size / 2**20, 1) for name, size in peak_rss_bytes.items()},
         versions={"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
-        seed=spec["seed"],
+        seed=settings.seed,
     )
+
+
+def _of_questions(questions: Questions) -> dict[str, Any]:
+    figures: dict[str, Any] = {"accuracy_questions": len(questions.get("after", ()))}
+    for when in ("before", "after"):
+        found = accuracy(questions.get(when, ()))
+        share, interval = found or (None, None)
+        figures[f"accuracy_{when}"] = share
+        figures[f"accuracy_interval_{when}"] = interval
+        figures[f"test_nll_{when}"] = nll_per_token(questions.get(when, ()))
+    return figures
 
 
 def _held_out(results: Sequence[Mapping[str, Any]], name: str) -> float | None:
@@ -135,89 +168,5 @@ def _stages(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def write_report(report: Report, output: Path) -> None:
-    """Write report.json and report.md."""
+    """Write report.json."""
     (output / REPORT_FILE).write_text(report.model_dump_json(indent=2) + "\n")
-    (output / PAGE_FILE).write_text(page(report))
-
-
-def page(report: Report) -> str:
-    """The report as Markdown, with the picture beside it."""
-    losses = report.loss_by_round
-    lines = [
-        f"# {report.clients} clients fine-tuned {report.model} on {Path(report.dataset).name}",
-        "",
-        f"{report.rounds} rounds, {report.samples_per_client} samples per client, cut after layer "
-        f"{report.cut_layer}, seed {report.seed}. The joined PEFT adapter is in "
-        f"`{ADAPTER_FOLDER}/`, every figure in `{REPORT_FILE}`.",
-        "",
-        f"![Loss by round]({PICTURE_FILE})",
-        "",
-        "| | before | after |",
-        "|---|---:|---:|",
-        f"| held-out -log P per target token | {_nats(report.heldout_nll_before)} "
-        f"| {_nats(report.heldout_nll_after)} |",
-        f"| accuracy on {report.accuracy_questions} test questions, 95% interval "
-        f"| {_share(report.accuracy_before, report.accuracy_interval_before)} "
-        f"| {_share(report.accuracy_after, report.accuracy_interval_after)} |",
-        f"| training loss, first and last round | {losses[0]:.4f} | {losses[-1]:.4f} |",
-        "",
-        "| bytes on the wire, all clients | up | down |",
-        "|---|---:|---:|",
-        *(
-            f"| {kind.replace('_', ' ')} | {decimal(ways['up'])} | {decimal(ways['down'])} |"
-            for kind, ways in report.wire.items()
-        ),
-        "",
-        "| stage | seconds |",
-        "|---|---:|",
-        *(f"| {name.replace('_', ' ')} | {value:.1f} |" for name, value in report.seconds.items()),
-        "",
-        "| service | peak resident memory, MiB |",
-        "|---|---:|",
-        *(f"| {name} | {value:.0f} |" for name, value in report.peak_rss_mib.items()),
-        "",
-        f"Versions: {', '.join(f'{name} {v}' for name, v in report.versions.items())}.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _nats(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _share(share: float | None, interval: tuple[float, float] | None) -> str:
-    return "-" if share is None else f"{share:.0%} ({_interval(interval)})"
-
-
-def _interval(interval: tuple[float, float] | None) -> str:
-    return "-" if interval is None else f"{interval[0]:.0%} to {interval[1]:.0%}"
-
-
-def summary(report: Report, output: Path) -> str:
-    """What the command prints at its end."""
-    lines = [f"{report.clients} clients, {report.rounds} rounds in {report.seconds['total']:.0f} s"]
-    lines.append(
-        f"training loss                      {report.loss_by_round[0]:.4f} -> "
-        f"{report.loss_by_round[-1]:.4f}"
-    )
-    if report.heldout_nll_before is not None:
-        lines.append(
-            f"held-out -log P per target token   {_nats(report.heldout_nll_before)} -> "
-            f"{_nats(report.heldout_nll_after)}"
-        )
-    if report.accuracy_after is not None:
-        lines.append(
-            f"accuracy, {report.accuracy_questions} test questions".ljust(35)
-            + f"{report.accuracy_before:.0%} -> {report.accuracy_after:.0%}   "
-            f"(95%: {_interval(report.accuracy_interval_before)} -> "
-            f"{_interval(report.accuracy_interval_after)})"
-        )
-    for name, what in (
-        (PAGE_FILE, "tables and picture"),
-        (REPORT_FILE, "every figure, for programs"),
-        (PICTURE_FILE, "loss by round"),
-        (f"{ADAPTER_FOLDER}/", "PEFT adapter of the whole model"),
-    ):
-        lines.append(f"  {output / name!s:<40} {what}")
-    lines.append(f"use it:  lesft-testbed serve --output {output}")
-    return "\n".join(lines)

@@ -10,6 +10,7 @@ from lesft.control import ENDPOINTS_FILE
 from lesft.errors import NotFound
 from lesft_testbed.commands import client_name, serve_command, server_command
 from lesft_testbed.processes import Process, Processes
+from lesft_testbed.report import REPORT_FILE
 from lesft_testbed.settings import RunSettings, ServeSettings
 
 COMMANDS_FILE = "serve.json"
@@ -37,14 +38,9 @@ def write_commands(processes: Processes, settings: RunSettings, model: str) -> N
 def serve(settings: ServeSettings) -> None:
     """Serve until the user stops it.
 
-    Raises NotFound where no run has finished, RunStopped when server or client fails.
+    Raises NotFound where no run with a server has finished, RunStopped when server or client fails.
     """
-    file = settings.output / COMMANDS_FILE
-    if not file.is_file():
-        raise NotFound(
-            f"{settings.output} holds no finished run: lesft-testbed run --output {settings.output}"
-        )
-    commands = json.loads(file.read_text())
+    commands = _read_commands(settings.output)
     with Processes(settings.output) as processes:
         (processes.state_of("server") / ENDPOINTS_FILE).unlink(missing_ok=True)
         server = processes.start("server", commands["server"], append=True)
@@ -58,6 +54,26 @@ def serve(settings: ServeSettings) -> None:
         ]
         client = processes.start("endpoint", [*command, f"--listen={settings.listen}"])
         _show(processes, client)
+
+
+def local_command(output: Path, adapter: str, model: str) -> str:
+    """What serves the adapter of a run without a server."""
+    return f"lesft-client serve --local --model {model} --adapter {output / adapter}"
+
+
+def _read_commands(output: Path) -> dict[str, list[str]]:
+    file, report_file = output / COMMANDS_FILE, output / REPORT_FILE
+    if file.is_file():
+        commands: dict[str, list[str]] = json.loads(file.read_text())
+        return commands
+    if not report_file.is_file():
+        raise NotFound(f"{output} holds no finished run: lesft-testbed run --output {output}")
+    report = json.loads(report_file.read_text())
+    model = report["settings"]["model"] or "$(lesft-testbed model | tail -1)"
+    raise NotFound(
+        f"the run in {output} had no server, since its method, {report['method']}, does not split "
+        f"the model: {local_command(output, report['adapters'][0], model)}"
+    )
 
 
 def _show(processes: Processes, client: Process) -> None:

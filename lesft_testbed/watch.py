@@ -48,11 +48,6 @@ class Watcher:
             return None
         return response.json()
 
-    def rounds(self, first: int) -> list[dict[str, Any]]:
-        """The server's finished rounds from `first` on."""
-        server = self._processes.all["server"]
-        return self.get(server, f"/v1/rounds?first={first}") or []
-
     def look(self) -> Sequence[ServiceView]:
         """All services, in the order they were started; as seen last where one does not answer."""
         for name, process in self._processes.all.items():

@@ -32,6 +32,8 @@ class _TokenWeightsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TokenWei
     """From its probability on the reference path (METHOD section 4)."""
     TOKEN_WEIGHTS_UNIFORM: _TokenWeights.ValueType  # 2
     """The same for every token."""
+    TOKEN_WEIGHTS_PROBABILITY: _TokenWeights.ValueType  # 3
+    """The token's own probability on the base path, as a constant."""
 
 class TokenWeights(_TokenWeights, metaclass=_TokenWeightsEnumTypeWrapper):
     """Where a target token's weight comes from."""
@@ -42,6 +44,8 @@ TOKEN_WEIGHTS_ADAPTIVE: TokenWeights.ValueType  # 1
 """From its probability on the reference path (METHOD section 4)."""
 TOKEN_WEIGHTS_UNIFORM: TokenWeights.ValueType  # 2
 """The same for every token."""
+TOKEN_WEIGHTS_PROBABILITY: TokenWeights.ValueType  # 3
+"""The token's own probability on the base path, as a constant."""
 Global___TokenWeights: _TypeAlias = TokenWeights  # noqa: Y015
 
 class _Clustering:
@@ -279,6 +283,9 @@ class RunSpec(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     QUORUM_FIELD_NUMBER: _builtins.int
     DEADLINE_SECONDS_FIELD_NUMBER: _builtins.int
+    TRAIN_FRONT_FIELD_NUMBER: _builtins.int
+    AGGREGATE_FIELD_NUMBER: _builtins.int
+    PERSONAL_LAYERS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Name of the run, 1 to 64 of letters, digits, ".", "_" and "-"."""
     model_name: _builtins.str
@@ -311,6 +318,12 @@ class RunSpec(_message.Message):
     """With a deadline: clients that suffice once it has passed; 0 stands for more than half."""
     deadline_seconds: _builtins.float
     """With a deadline: seconds from a step's first part until the quorum suffices."""
+    train_front: _builtins.bool
+    """Whether clients train their layers. If not, results hold no gradients, and micro-batches name
+    their samples; see MicroBatch.
+    """
+    aggregate: _builtins.bool
+    """Whether clients' adapters are averaged."""
     @_builtins.property
     def lora(self) -> Global___LoraSpec:
         """The adapters."""
@@ -322,6 +335,10 @@ class RunSpec(_message.Message):
     @_builtins.property
     def optimizer(self) -> Global___OptimizerSpec:
         """The optimizer."""
+
+    @_builtins.property
+    def personal_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Layers, counted from 0, whose adapters are not averaged with the others."""
 
     def __init__(
         self,
@@ -345,10 +362,13 @@ class RunSpec(_message.Message):
         mode: Global___Mode.ValueType = ...,
         quorum: _builtins.int = ...,
         deadline_seconds: _builtins.float = ...,
+        train_front: _builtins.bool = ...,
+        aggregate: _builtins.bool = ...,
+        personal_layers: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lora", b"lora", "loss", b"loss", "optimizer", b"optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accumulation", b"accumulation", "activation_encoding", b"activation_encoding", "aggregation_interval", b"aggregation_interval", "batch_size", b"batch_size", "clients", b"clients", "cut_layer", b"cut_layer", "deadline_seconds", b"deadline_seconds", "front_fingerprint", b"front_fingerprint", "gradient_encoding", b"gradient_encoding", "lora", b"lora", "loss", b"loss", "max_length", b"max_length", "mode", b"mode", "model_name", b"model_name", "optimizer", b"optimizer", "quorum", b"quorum", "rounds", b"rounds", "run_id", b"run_id", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accumulation", b"accumulation", "activation_encoding", b"activation_encoding", "aggregate", b"aggregate", "aggregation_interval", b"aggregation_interval", "batch_size", b"batch_size", "clients", b"clients", "cut_layer", b"cut_layer", "deadline_seconds", b"deadline_seconds", "front_fingerprint", b"front_fingerprint", "gradient_encoding", b"gradient_encoding", "lora", b"lora", "loss", b"loss", "max_length", b"max_length", "mode", b"mode", "model_name", b"model_name", "optimizer", b"optimizer", "personal_layers", b"personal_layers", "quorum", b"quorum", "rounds", b"rounds", "run_id", b"run_id", "seed", b"seed", "train_front", b"train_front"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -274,6 +274,7 @@ class SessionOpened(_message.Message):
     NEXT_FIELD_NUMBER: _builtins.int
     COURSE_FIELD_NUMBER: _builtins.int
     HEARTBEAT_SECONDS_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     course: Global___Course.ValueType
     """How the client gets there."""
     heartbeat_seconds: _builtins.float
@@ -286,6 +287,10 @@ class SessionOpened(_message.Message):
     def next(self) -> Global___Position:
         """Where the client is to go on: where it stands, or the beginning of a round."""
 
+    @_builtins.property
+    def held(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Where clients do not train: this client's samples whose activations the server holds."""
+
     def __init__(
         self,
         *,
@@ -293,10 +298,11 @@ class SessionOpened(_message.Message):
         next: Global___Position | None = ...,
         course: Global___Course.ValueType = ...,
         heartbeat_seconds: _builtins.float = ...,
+        held: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["next", b"next", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["course", b"course", "heartbeat_seconds", b"heartbeat_seconds", "next", b"next", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["course", b"course", "heartbeat_seconds", b"heartbeat_seconds", "held", b"held", "next", b"next", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -310,6 +316,10 @@ class MicroBatch(_message.Message):
                                                      loss needs it,
       "targets"    [sum(target_lengths)] int32       token ids of the targets,
     sample after sample, without padding. A sample's target is the end of its sequence.
+
+    Where clients do not train, the activations of a sample never change, and the server keeps them:
+    `samples` names all samples of the micro-batch, and lengths and bundle are only of those that
+    the server does not hold, in their order; with none of these there is no bundle.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -320,6 +330,8 @@ class MicroBatch(_message.Message):
     REFERENCE_LENGTHS_FIELD_NUMBER: _builtins.int
     TARGET_LENGTHS_FIELD_NUMBER: _builtins.int
     BUNDLE_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    ENCLOSED_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Round, counted from 0."""
     micro: _builtins.int
@@ -340,6 +352,14 @@ class MicroBatch(_message.Message):
     def bundle(self) -> _tensor_pb2.BundleInfo:
         """The bundle that follows."""
 
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Where clients do not train: the number of each sample in the client's data, counted from 0."""
+
+    @_builtins.property
+    def enclosed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Where clients do not train: those of `samples` whose activations are in the bundle."""
+
     def __init__(
         self,
         *,
@@ -349,10 +369,12 @@ class MicroBatch(_message.Message):
         reference_lengths: _abc.Iterable[_builtins.int] | None = ...,
         target_lengths: _abc.Iterable[_builtins.int] | None = ...,
         bundle: _tensor_pb2.BundleInfo | None = ...,
+        samples: _abc.Iterable[_builtins.int] | None = ...,
+        enclosed: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_lengths", b"base_lengths", "bundle", b"bundle", "micro", b"micro", "reference_lengths", b"reference_lengths", "round", b"round", "target_lengths", b"target_lengths"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_lengths", b"base_lengths", "bundle", b"bundle", "enclosed", b"enclosed", "micro", b"micro", "reference_lengths", b"reference_lengths", "round", b"round", "samples", b"samples", "target_lengths", b"target_lengths"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -360,7 +382,7 @@ Global___MicroBatch: _TypeAlias = MicroBatch  # noqa: Y015
 
 @_typing.final
 class StepResult(_message.Message):
-    """The loss of a micro-batch and its gradient. The bundle holds
+    """The loss of a micro-batch and its gradient. The bundle is there where clients train; it holds
       "base"       [sum(base_lengths), hidden]       gradient of the scaled loss with respect to
                                                      the base activations,
       "reference"  [sum(reference_lengths), hidden]  the same for the reference path, where the
@@ -376,6 +398,7 @@ class StepResult(_message.Message):
     CLASS_COUNTS_FIELD_NUMBER: _builtins.int
     BUNDLE_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Round of the micro-batch."""
     micro: _builtins.int
@@ -396,6 +419,10 @@ class StepResult(_message.Message):
     def bundle(self) -> _tensor_pb2.BundleInfo:
         """The bundle that follows."""
 
+    @_builtins.property
+    def held(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Where clients do not train: those samples of the micro-batch that the server holds now."""
+
     def __init__(
         self,
         *,
@@ -406,10 +433,11 @@ class StepResult(_message.Message):
         class_counts: _abc.Iterable[_builtins.int] | None = ...,
         bundle: _tensor_pb2.BundleInfo | None = ...,
         checkpoint: _builtins.bool = ...,
+        held: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "checkpoint", b"checkpoint", "class_counts", b"class_counts", "loss", b"loss", "micro", b"micro", "nll", b"nll", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "checkpoint", b"checkpoint", "class_counts", b"class_counts", "held", b"held", "loss", b"loss", "micro", b"micro", "nll", b"nll", "round", b"round"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,12 +1,16 @@
-"""Your own data: a JSONL file of `{"prompt", "target", "reference", "answer"}`.
+"""Your own data: a JSONL file of `{"prompt", "target", "reference", "answer", "label"}`.
 
-`prompt` and `target` are used as they stand and must not be empty. The other two may be left out:
+`prompt` and `target` are used as they stand and must not be empty. The others may be left out
+or empty:
 - without `answer`, it is what the target's last `#### ...` line says, if there is one;
 - without `reference`, the reference prompt shows the prompt and that answer; a line with neither is
-  an error, since then the reference path would know no more than the base path.
+  an error, since then the reference path would know no more than the base path;
+- `label` is the kind of problem, by which the shares of clients may differ (`--skew label`).
 """
 
+import json
 from collections.abc import Iterable
+from dataclasses import asdict
 
 from lesft.errors import DataError
 from lesft_client.data.answers import MARK, final_answer, plain_answer
@@ -14,12 +18,18 @@ from lesft_client.data.prompts import reference_prompt
 from lesft_client.data.rows import Row
 from lesft_client.data.samples import Sample
 
-_FIELDS = ("prompt", "target", "reference", "answer")
+_FIELDS = ("prompt", "target", "reference", "answer", "label")
 
 
 def samples(rows: Iterable[Row]) -> list[Sample]:
     """The rows as samples. Raises DataError, with file and line, for the first bad one."""
     return [_sample(row) for row in rows]
+
+
+def line(sample: Sample) -> str:
+    """The sample as one line that `samples` reads again, without the fields that are empty."""
+    fields = {name: text for name, text in asdict(sample).items() if text}
+    return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
 def _sample(row: Row) -> Sample:
@@ -37,8 +47,14 @@ def _sample(row: Row) -> Sample:
             "the reference path must show the ground truth (where it is not used, as in "
             'cross-entropy training, repeat the prompt as "reference")'
         )
-    return Sample(prompt, target, reference or reference_prompt(prompt, answer), answer)
+    return Sample(
+        prompt=prompt,
+        target=target,
+        reference=reference or reference_prompt(prompt, answer),
+        answer=answer,
+        label=_optional(row, "label"),
+    )
 
 
 def _optional(row: Row, name: str) -> str:
-    return "" if row.fields.get(name) is None else row.text(name)
+    return "" if row.fields.get(name) in (None, "") else row.text(name)

@@ -30,8 +30,8 @@ _NUMBER = re.compile(r"\d+")
 def samples(split: Split, count: int, seed: int) -> list[Sample]:
     """`count` different problems, the stories in turn; asking for more only adds to the list.
 
-    The target is one worked solution, the reference prompt shows one in other words. Raises
-    DataError when there are not so many problems.
+    The target is one worked solution, the reference prompt shows one in other words, and
+    the label is the story's title. Raises DataError when there are not so many problems.
     """
     made: list[Sample] = []
     stories = [_problems(story, split, seed) for story in STORIES]
@@ -109,6 +109,7 @@ def _tell(story: Story, numbers: dict[str, int], seed: int) -> Sample:
         target=target,
         reference=reference_prompt(question, reference),
         answer=answer,
+        label=story.title,
     )
 
 

@@ -1,17 +1,17 @@
 """What distilling leaves behind: the training set, how it was made, and a summary of both."""
 
-import json
 import platform
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lesft_client.data import Sample, sources
 from lesft_client.data.answers import MARK, plain_answer
+from lesft_client.data.jsonl import line
 from lesft_client.data.prompts import with_solution
 from lesft_client.distillation.journal import Outcome
 from lesft_client.distillation.settings import DistillSettings
@@ -31,7 +31,7 @@ _LICENCES = {
 def training_lines(samples: Sequence[Sample], outcomes: Mapping[int, Outcome]) -> bytes:
     """The questions that were kept, in their order, as JSONL in UTF-8."""
     lines = [
-        json.dumps(asdict(taught(sample, outcomes[index].target)), ensure_ascii=False) + "\n"
+        line(taught(sample, outcomes[index].target))
         for index, sample in enumerate(samples)
         if outcomes[index].target
     ]
@@ -47,7 +47,7 @@ def taught(sample: Sample, target: str) -> Sample:
     reference = sample.reference
     if not _states_only_the_answer(sample):
         reference = with_solution(reference, sample.answer, sample.target)
-    return Sample(sample.prompt, target, reference, sample.answer)
+    return replace(sample, target=target, reference=reference)
 
 
 def _states_only_the_answer(sample: Sample) -> bool:

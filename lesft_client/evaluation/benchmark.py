@@ -39,23 +39,26 @@ class Benchmark:
     shots: Sequence[Question]
     has_choices: bool
     digest: str
-    """`sha256:` and hex digits over the questions, the examples and their answers, in order."""
+    """`sha256:` and hex digits over questions, examples, solutions and answers, in order."""
 
 
-def load_benchmark(name: str, data: str, count: int, num_shots: int, seed: int) -> Benchmark:
+def load_benchmark(
+    name: str, data: str, count: int, num_shots: int, seed: int, needs_answers: bool = True
+) -> Benchmark:
     """At most `count` test questions (0: all) and `num_shots` training examples, by the seed.
 
     `name` is one of BENCHMARKS or a JSONL file; `data` is where its rows lie, or empty for the
-    hub. Of a file, a tenth is the test split, as in training with the same seed. Raises DataError
-    when the data cannot be read, is not this benchmark's or has too few examples; InvalidInput for
-    all of the generated problems.
+    hub. Of a file, a tenth is the test split, as in training with the same seed. With
+    `needs_answers`, every question must have a final answer to compare with. Raises DataError when
+    the data cannot be read, is not this benchmark's or has too few examples; InvalidInput for all
+    of the generated problems.
     """
     source = data or name
     questions = [split_prompt(sample) for sample in _test_samples(name, source, count, seed)]
     train = load_samples(source, "train", num_shots, seed) if num_shots else []
     shots = [split_prompt(sample) for sample in train]
     has_choices = all(_is_a_choice(question) for question in questions)
-    _check(name, source, questions, has_choices)
+    _check(name, source, questions, has_choices, needs_answers)
     if has_choices and not all(_is_a_choice(shot) for shot in shots):
         raise DataError(
             f"{source}: the examples must be questions with choices as its test questions are; "
@@ -101,13 +104,15 @@ def _is_a_choice(question: Question) -> bool:
     return question.sample.answer in question.choices
 
 
-def _check(name: str, source: str, questions: Sequence[Question], has_choices: bool) -> None:
+def _check(
+    name: str, source: str, questions: Sequence[Question], has_choices: bool, needs_answers: bool
+) -> None:
     for number, question in enumerate(questions, start=1):
         answer = question.sample.answer
-        if not answer:
+        if not answer and needs_answers:
             raise DataError(
                 f"{source}: test question {number} has no answer to compare with; give each line "
-                'an "answer", or a target that ends in `#### <answer>`'
+                'an "answer", or a target that ends in `#### <answer>`, or use --measure likelihood'
             )
         if name in _OF_NUMBERS and number_value(answer) is None:
             raise DataError(
@@ -122,6 +127,8 @@ def _check(name: str, source: str, questions: Sequence[Question], has_choices: b
 
 
 def _digest(questions: Sequence[Question], shots: Sequence[Question]) -> str:
-    asked = [(question.sample.prompt, question.sample.answer) for question in questions]
-    shown = [(shot.sample.prompt, shot.sample.target, shot.sample.answer) for shot in shots]
+    asked, shown = (
+        [(each.sample.prompt, each.sample.target, each.sample.answer) for each in part]
+        for part in (questions, shots)
+    )
     return f"sha256:{hashlib.sha256(json.dumps([asked, shown]).encode()).hexdigest()}"

@@ -1,4 +1,5 @@
-"""`lesft-client evaluate`: how many of a benchmark's questions the model answers right."""
+"""`lesft-client evaluate`: how many of a benchmark's questions the model answers right, and how
+likely the data's own solutions are to it."""
 
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -10,7 +11,14 @@ from lesft_client.evaluation.asking import Answer, Asked, Manner, ask, check_len
 from lesft_client.evaluation.benchmark import Benchmark, load_benchmark
 from lesft_client.evaluation.predictions import Prediction, Predictions, open_predictions
 from lesft_client.evaluation.progress import EvaluationProgress
-from lesft_client.evaluation.prompting import make_prompt, prompt_fingerprint
+from lesft_client.evaluation.prompting import (
+    Prompt,
+    Solution,
+    Style,
+    make_prompt,
+    make_solutions,
+    prompt_fingerprint,
+)
 from lesft_client.evaluation.report import Origin, make_report, summary, write_report
 from lesft_client.settings import EvaluateSettings
 
@@ -29,8 +37,14 @@ def evaluate(settings: EvaluateSettings) -> str:
     ends the model's work; KeyboardInterrupt when the user stops it.
     """
     benchmark = load_benchmark(
-        settings.benchmark, settings.data, settings.questions, settings.shots, settings.data_seed
+        settings.benchmark,
+        settings.data,
+        settings.questions,
+        settings.shots,
+        settings.data_seed,
+        needs_answers=settings.measure != "likelihood",
     )
+    _check_share(settings, benchmark)
     manner = Manner(
         answer=chosen_answer(settings, benchmark),
         max_tokens=settings.max_tokens,
@@ -60,7 +74,7 @@ def evaluate_with(
         conditions = _conditions(settings, origin, manner)
         with open_predictions(settings.output, conditions, settings.fresh) as predictions:
             for each in asked:
-                predictions.check(each.index, each.prompt.digest)
+                predictions.check(each.index, each.digest)
             _ask_the_rest(thread, asked, manner, predictions, wants_bar(settings.progress))
             report = make_report(origin, list(predictions.by_index.values()))
             write_report(report, settings.output)
@@ -86,33 +100,56 @@ def chosen_answer(settings: EvaluateSettings, benchmark: Benchmark) -> Answer:
     return settings.answer
 
 
+def _check_share(settings: EvaluateSettings, benchmark: Benchmark) -> None:
+    number, _ = settings.share_parts
+    if number > len(benchmark.questions):
+        raise InvalidInput(
+            f"--share {settings.share} of {len(benchmark.questions)} questions has none: ask more "
+            "--questions, or make fewer shares"
+        )
+
+
 def _prepare(
     settings: EvaluateSettings,
     benchmark: Benchmark,
     manner: Manner,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> list[Asked]:
-    scored = manner.answer == "likelihood"
-    return [
-        Asked(index, each, make_prompt(each, benchmark.shots, settings.prompt, scored, tokenizer))
-        for index, each in enumerate(benchmark.questions)
-    ]
+    """The questions of the share, by their place among all."""
+    number, of = settings.share_parts
+    places = range(number - 1, len(benchmark.questions), of)
+    questions = [benchmark.questions[place] for place in places]
+    prompts: list[Prompt] | list[None] = [None] * len(questions)
+    if settings.measure != "likelihood":
+        style, scored = _wording(settings, manner)
+        prompts = [make_prompt(q, benchmark.shots, style, scored, tokenizer) for q in questions]
+    solutions: list[Solution] | list[None] = [None] * len(questions)
+    if settings.measure != "accuracy":
+        solutions = make_solutions(questions, benchmark.shots, tokenizer)
+    return [Asked(*each) for each in zip(places, questions, prompts, solutions, strict=True)]
+
+
+def _wording(settings: EvaluateSettings, manner: Manner) -> tuple[Style, bool]:
+    """How prompts are worded, and whether letters are compared after them."""
+    if settings.measure == "likelihood":
+        return "chat", False
+    return settings.prompt, manner.answer == "likelihood"
 
 
 def _origin(
     settings: EvaluateSettings, benchmark: Benchmark, manner: Manner, model: "LanguageModel"
 ) -> Origin:
-    scored = manner.answer == "likelihood"
+    style, scored = _wording(settings, manner)
     return Origin(
         benchmark=settings.benchmark,
         model=model.name,
         model_fingerprint=model.fingerprint,
-        prompt_fingerprint=prompt_fingerprint(
-            benchmark.shots, settings.prompt, scored, model.tokenizer
-        ),
+        prompt_fingerprint=prompt_fingerprint(benchmark.shots, style, scored, model.tokenizer),
         data_digest=benchmark.digest,
-        prompt=settings.prompt,
+        prompt=style,
         shots=settings.shots,
+        measure=settings.measure,
+        share=settings.share,
         answer=manner.answer,
         settings=settings.model_dump(mode="json"),
     )
@@ -124,11 +161,15 @@ def _conditions(settings: EvaluateSettings, origin: Origin, manner: Manner) -> d
         "model": origin.model_fingerprint,
         "benchmark": Path(origin.benchmark).name,
         "questions": origin.data_digest,
+        "measure": origin.measure,
+        "share": origin.share,
         "prompt": origin.prompt,
         "shots": origin.shots,
         "prompt fingerprint": origin.prompt_fingerprint,
-        "answer": origin.answer,
     }
+    if settings.measure == "likelihood":
+        return conditions
+    conditions["answer"] = origin.answer
     if manner.answer != "likelihood":
         sampling = manner.sampling.model_dump(mode="json")
         conditions |= {"max_tokens": settings.max_tokens, "sampling": sampling}
@@ -144,8 +185,7 @@ def _ask_the_rest(
 ) -> None:
     done = predictions.by_index
     rest = [each for each in asked if each.index not in done]
-    right = sum(prediction.right for prediction in done.values())
-    with EvaluationProgress(len(asked), len(done), right, bar) as progress:
+    with EvaluationProgress(len(asked), done.values(), bar) as progress:
 
         def keep(prediction: Prediction) -> None:
             progress.advance(predictions.add(prediction))

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from lesft.errors import DataError
 from lesft_client.append_file import (
     AppendFile,
@@ -24,21 +26,26 @@ class Prediction(Record):
     """What came of one question."""
 
     prompt: str
-    """`Prompt.digest`."""
+    """`Asked.digest`."""
     expected: str
-    extracted: str | None
+    extracted: str | None = None
     """The answer by the chosen reading; null where there is none."""
-    right: bool
-    readings: dict[str, str | None]
+    right: bool | None = None
+    """Null where no answer was asked for."""
+    readings: dict[str, str | None] = Field(default_factory=dict)
     """The answer by every reading, the chosen one among them."""
-    text: str
+    text: str = ""
     """What the model wrote; empty where letters were compared."""
-    finish_reason: FinishReason | None
-    log_probs: dict[str, float] | None
+    finish_reason: FinishReason | None = None
+    log_probs: dict[str, float] | None = None
     """log P of each letter in nats, where they were compared."""
     prompt_tokens: int
-    tokens: int
+    tokens: int = 0
     """Tokens that the model wrote."""
+    nll: float | None = None
+    """Sum of -log P in nats over the tokens of the data's own solution, where it was scored."""
+    nll_tokens: int = 0
+    """These tokens, the end token among them."""
 
 
 def fingerprint_of(conditions: Conditions) -> str:
@@ -60,6 +67,8 @@ class Predictions(AppendFile[Prediction]):
         differing = differing_names(then, now)
         if not differing:
             return ""
+        # What only one of two measures has says less than the measure.
+        differing = [name for name in differing if name in then and name in now] or differing
         return (
             f"{', '.join(f'{name} {then.get(name)}' for name in differing)} (fingerprint {began}), "
             f"this is {', '.join(f'{name} {now.get(name)}' for name in differing)} ({begins}): "

@@ -1,18 +1,21 @@
-"""How a question is put to the model, as token ids. Imports no torch.
+"""How a question is put to the model, and its solution, as token ids. Imports no torch.
 
 `chat` is the wording of the training, in the tokenizer's chat template, with the examples as
 earlier turns. `harness` is that of lm-evaluation-harness (tasks gsm8k and commonsense_qa of 0.4):
 plain text, examples and blank lines between them, `Answer:` where the model goes on.
+
+A solution that is to be scored always has the wording of the training.
 """
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from lesft_client.conversation import Turn, encode_turns
 from lesft_client.data.answers import MARK
-from lesft_client.data.encode import encode_text
+from lesft_client.data.encode import encode_samples, encode_text
 from lesft_client.data.prompts import base_prompt
 from lesft_client.data.samples import Sample
 from lesft_client.evaluation.benchmark import Question, split_prompt
@@ -38,13 +41,27 @@ class Prompt:
     @property
     def digest(self) -> str:
         """16 hex digits over the ids, the continuations and the stop strings."""
-        parts = [self.ids, *self.continuations.values(), self.stop]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        return _digest([self.ids, *self.continuations.values(), self.stop])
 
     @property
     def longest_continuation(self) -> int:
         """Tokens of the longest continuation; 0 where there is none."""
         return max(map(len, self.continuations.values()), default=0)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The data's own worked solution of a question, to be scored."""
+
+    prompt_ids: list[int]
+    """Of question and examples."""
+    target_ids: list[int]
+    """The same as in training, the end token with them."""
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over the ids."""
+        return _digest([self.prompt_ids, self.target_ids])
 
 
 def make_prompt(
@@ -62,6 +79,21 @@ def make_prompt(
     if style == "chat":
         return _chat(question, shots, scored, tokenizer)
     return _harness(question, shots, scored, tokenizer)
+
+
+def make_solutions(
+    questions: Sequence[Question], shots: Sequence[Question], tokenizer: "PreTrainedTokenizerBase"
+) -> list[Solution]:
+    """Every question's own solution after the examples, in the wording of the training.
+
+    Without examples the ids are those that `lesft-client train` trains on and scores.
+    """
+    samples = [question.sample for question in questions]
+    encoded, _ = encode_samples(samples, tokenizer, max_length=sys.maxsize)
+    return [
+        Solution(_chat(question, shots, False, tokenizer).ids, sample.target_ids)
+        for question, sample in zip(questions, encoded, strict=True)
+    ]
 
 
 def prompt_fingerprint(
@@ -115,3 +147,7 @@ def _harness(
 def _asked(question: Question) -> str:
     choices = [f"{letter}. {text}" for letter, text in question.choices.items()]
     return "\n".join([f"Question: {question.text}", *choices, "Answer:"])
+
+
+def _digest(parts: list[object]) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -2,7 +2,7 @@
 
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,10 @@ class Origin(BaseModel):
     """Over questions, examples and answers."""
     prompt: str
     shots: int
+    measure: str = "accuracy"
+    """accuracy, likelihood or both; what was not measured is null."""
+    share: str = "1/1"
+    """Which of several equal shares of the questions was asked."""
     answer: str
     """How the answer was read: `accuracy` counts by this reading."""
     settings: dict[str, Any]
@@ -41,21 +45,26 @@ class EvaluationReport(Origin):
     """evaluation.json. Shares lie between 0 and 1."""
 
     questions: int
-    right: int
-    accuracy: float
-    interval: tuple[float, float]
+    right: int | None
+    accuracy: float | None
+    interval: tuple[float, float] | None
     """Wilson's 95% confidence interval of the accuracy."""
     accuracy_by_reading: dict[str, float]
     """By every way to read the same texts."""
-    without_answer: float
+    without_answer: float | None
     """Share of texts in which the chosen reading found no answer."""
+    nll_per_token: float | None
+    """-log P per token of the data's own solutions, in nats: the sum over all questions' tokens by
+    their number."""
+    nll_tokens: int
+    """These tokens."""
     prompt_tokens: int
     tokens: int
     """Tokens that the model wrote."""
     seconds: float
     """Wall-clock time of all the command's runs, without the loading of the model."""
     tokens_per_second: float
-    cut_off: float
+    cut_off: float | None
     """Share of texts that reached max_tokens."""
     versions: dict[str, str]
     predictions: list[Prediction]
@@ -64,22 +73,26 @@ class EvaluationReport(Origin):
 def make_report(origin: Origin, predictions: Sequence[Prediction]) -> EvaluationReport:
     """The figures of all predictions, one at least."""
     count = len(predictions)
-    right = sum(prediction.right for prediction in predictions)
+    asked = [prediction for prediction in predictions if prediction.right is not None]
+    right = sum(prediction.right is True for prediction in asked)
+    nll_tokens = sum(prediction.nll_tokens for prediction in predictions)
     tokens = sum(prediction.tokens for prediction in predictions)
     seconds = sum(prediction.seconds for prediction in predictions)
     return EvaluationReport(
         **origin.model_dump(),
         questions=count,
-        right=right,
-        accuracy=right / count,
-        interval=wilson_interval(right, count),
+        right=right if asked else None,
+        accuracy=right / count if asked else None,
+        interval=wilson_interval(right, count) if asked else None,
         accuracy_by_reading=_accuracy_by_reading(predictions),
-        without_answer=sum(each.extracted is None for each in predictions) / count,
+        without_answer=sum(p.extracted is None for p in asked) / count if asked else None,
+        nll_per_token=_nll(predictions) / nll_tokens if nll_tokens else None,
+        nll_tokens=nll_tokens,
         prompt_tokens=sum(prediction.prompt_tokens for prediction in predictions),
         tokens=tokens,
         seconds=round(seconds, 3),
         tokens_per_second=round(tokens / seconds, 2) if seconds else 0.0,
-        cut_off=sum(each.finish_reason == "length" for each in predictions) / count,
+        cut_off=sum(p.finish_reason == "length" for p in asked) / count if asked else None,
         versions=_versions(),
         predictions=sorted(predictions, key=lambda prediction: prediction.index),
     )
@@ -97,7 +110,9 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
 
 def summary(report: EvaluationReport) -> str:
     """A short table for the terminal, without a line feed at its end."""
-    return "\n".join(f"{name:18}{value}" for name, value in _rows(report).items())
+    rows = _rows(report)
+    width = max(map(len, rows)) + 1
+    return "\n".join(f"{name:{width}}{value}" for name, value in rows.items())
 
 
 def write_report(report: EvaluationReport, folder: Path) -> None:
@@ -111,30 +126,54 @@ def write_report(report: EvaluationReport, folder: Path) -> None:
     write_atomically(folder / PAGE_FILE, "\n".join([*page, ""]).encode())
 
 
-def _rows(report: EvaluationReport) -> Mapping[str, str]:
-    low, high = report.interval
+def _rows(report: EvaluationReport) -> dict[str, str]:
+    share = "" if report.share == "1/1" else f" (share {report.share})"
     rows = {
         "model": f"{report.model} ({report.model_fingerprint[:19]})",
-        "benchmark": f"{report.benchmark}, {report.questions} questions, {report.shots} shots, "
-        f"{report.prompt} prompt",
-        "accuracy": f"{_percent(report.accuracy)} ({report.right}/{report.questions}), "
-        f"95% {_percent(low)} to {_percent(high)}, answer read as {report.answer}",
+        "benchmark": f"{report.benchmark}, {report.questions} questions{share}, {report.shots} "
+        f"shots, {report.prompt} prompt",
     }
-    others = {
-        name: share for name, share in report.accuracy_by_reading.items() if name != report.answer
-    }
-    if others:
-        rows["read otherwise"] = ", ".join(f"{name} {_percent(x)}" for name, x in others.items())
-    if report.tokens:
-        rows["without an answer"] = _percent(report.without_answer)
-        rows["cut at max_tokens"] = _percent(report.cut_off)
-        rows["written"] = (
-            f"{report.tokens} tokens in {report.seconds:.1f} s, {report.tokens_per_second:.1f} "
-            "tokens/s"
+    if report.accuracy is not None and report.interval is not None:
+        low, high = report.interval
+        rows["accuracy"] = (
+            f"{_percent(report.accuracy)} ({report.right}/{report.questions}), "
+            f"95% {_percent(low)} to {_percent(high)}, answer read as {report.answer}"
         )
-    else:
-        rows["time"] = f"{report.seconds:.1f} s"
-    return rows
+    others = [
+        f"{name} {_percent(share)}"
+        for name, share in report.accuracy_by_reading.items()
+        if name != report.answer
+    ]
+    if others:
+        rows["read otherwise"] = ", ".join(others)
+    return rows | _rows_of_texts(report) | _rows_of_solutions(report) | _rows_of_time(report)
+
+
+def _rows_of_texts(report: EvaluationReport) -> dict[str, str]:
+    if report.without_answer is None or report.cut_off is None or not report.tokens:
+        return {}
+    return {
+        "without an answer": _percent(report.without_answer),
+        "cut at max_tokens": _percent(report.cut_off),
+    }
+
+
+def _rows_of_solutions(report: EvaluationReport) -> dict[str, str]:
+    if report.nll_per_token is None:
+        return {}
+    return {
+        "held-out -log P per target token": f"{report.nll_per_token:.4f} ({report.nll_tokens} "
+        "tokens of the data's own solutions)"
+    }
+
+
+def _rows_of_time(report: EvaluationReport) -> dict[str, str]:
+    if not report.tokens:
+        return {"time": f"{report.seconds:.1f} s"}
+    return {
+        "written": f"{report.tokens} tokens in {report.seconds:.1f} s, "
+        f"{report.tokens_per_second:.1f} tokens/s"
+    }
 
 
 def _accuracy_by_reading(predictions: Sequence[Prediction]) -> dict[str, float]:
@@ -143,6 +182,12 @@ def _accuracy_by_reading(predictions: Sequence[Prediction]) -> dict[str, float]:
         / len(predictions)
         for name in predictions[0].readings
     }
+
+
+def _nll(predictions: Sequence[Prediction]) -> float:
+    # In the order of the questions: a sum's last bits depend on it, and answers come in any order.
+    ordered = sorted(predictions, key=lambda prediction: prediction.index)
+    return sum(prediction.nll or 0.0 for prediction in ordered)
 
 
 def _percent(share: float) -> str:

@@ -355,7 +355,7 @@ def test_a_client_that_waits_for_the_others_adapters_hears_from_its_server_that_
             limits_of(server.spec),
             client_id="b",
             num_samples=server.engine.run.members["b"].num_samples,
-            instance_id=(tmp_path / "state/instance").read_text(),
+            instance_id=(tmp_path / "state/instance").read_text().split()[0],
         )
         error = b.exception(SECONDS)
         close()

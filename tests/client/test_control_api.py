@@ -33,6 +33,7 @@ def train_two_of_five_rounds(status: Status) -> None:
     status.num_samples, status.skipped_samples = 12, 3
     status.adapter_version, status.tokens = 4, 600
     status.loss_by_round = [2.5, 1.5]
+    status.nll_by_round, status.class_counts_by_round = [2.0, 1.0], [(3, 2, 1), None]
     status.seconds_before = 60.0
     status.waiting_for, status.reconnects = "client 'b'", 2
     status.wire.add("up", "labels", 8)
@@ -54,6 +55,8 @@ def test_status_says_what_the_client_is_doing(status: Status, api: httpx.Client)
         "rounds": 5,
         "loss": 1.5,
         "loss_by_round": [2.5, 1.5],
+        "nll_by_round": [2.0, 1.0],
+        "class_counts_by_round": [[3, 2, 1], None],
         "adapter_version": 4,
         "num_samples": 12,
         "skipped_samples": 3,

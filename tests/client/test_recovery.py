@@ -40,6 +40,7 @@ def make_checkpoints(
 
 def train_three_rounds(status: Status) -> None:
     status.loss_by_round = [2.5, 0.1 + 0.2, 1e-300]
+    status.nll_by_round, status.class_counts_by_round = [0.5, None, 1.0], [(3, 2, 1), None, None]
     status.tokens, status.adapter_version, status.seconds_before = 600, 4, 12.5
     status.wire.add("up", "labels", 8)
     status.wire.add("down", "gradients", 90)
@@ -66,6 +67,8 @@ def test_another_process_goes_on_with_tensors_and_status_of_a_checkpoint(tmp_pat
     body = status.body()
     assert body == saved.model_copy(update={"bytes_up": 8 + 5})
     assert body.loss_by_round == [2.5, 0.1 + 0.2, 1e-300]
+    assert body.nll_by_round == [0.5, None, 1.0]
+    assert body.class_counts_by_round == [(3, 2, 1), None, None]
     assert (body.tokens, body.adapter_version, status.training_seconds()) == (600, 4, 12.5)
     assert status.wire.by_kind()["up"]["labels"] == 8
     assert resumed.carried == {"held_out_before": {"nll_sum": 1.25, "tokens": 7}}
@@ -152,21 +155,28 @@ def test_a_full_disk_is_waited_for_and_said(
 
 
 def test_the_instance_stays_with_its_folder_and_is_no_other_folders(tmp_path: Path) -> None:
-    first = instance_id(tmp_path / "a")
+    first = instance_id(tmp_path / "a", SAMPLES)
     assert re.fullmatch(r"[0-9a-f]{32}", first)
-    assert instance_id(tmp_path / "a") == first
-    assert instance_id(tmp_path / "b") != first
+    assert instance_id(tmp_path / "a", SAMPLES) == first
+    assert instance_id(tmp_path / "b", SAMPLES) != first
+
+
+def test_with_other_samples_a_client_is_another_instance(tmp_path: Path) -> None:
+    first = instance_id(tmp_path, SAMPLES)
+    other = instance_id(tmp_path, SAMPLES[:-1])
+    assert other != first
+    assert instance_id(tmp_path, SAMPLES[:-1]) == other
 
 
 def test_starting_anew_drops_checkpoints_and_instance_and_nothing_else(tmp_path: Path) -> None:
     drop_state(tmp_path / "never was")
-    before = instance_id(tmp_path)
+    before = instance_id(tmp_path, SAMPLES)
     make_checkpoints(tmp_path)[0].save(3, TENSORS)
     (tmp_path / "result.json").write_text("{}")
     drop_state(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     assert not (tmp_path / CHECKPOINTS_FOLDER).exists()
-    assert instance_id(tmp_path) != before
+    assert instance_id(tmp_path, SAMPLES) != before
     # Also those of another run, which is what it is for.
     assert make_checkpoints(tmp_path, run="sha256:other")[0].rounds() == []
 

@@ -7,8 +7,9 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,11 +24,15 @@ from tests.processes.harness import write_samples
 
 
 class Command(NamedTuple):
-    """A command, its settings, and the least that it must be told."""
+    """A command, its settings, and the least that it must be told.
+
+    `needed` is what one of several ways to use it must be told beside what is always required.
+    """
 
     prog: str
     kind: type[ServiceSettings]
     required: dict[str, str]
+    needed: Mapping[str, str] = MappingProxyType({})
 
     @property
     def prefix(self) -> str:
@@ -35,7 +40,9 @@ class Command(NamedTuple):
 
     def load(self, *argv: str) -> Any:
         """The settings of a command line that has what is required."""
-        return load_settings(self.kind, self.prog, [*options(self.required), *argv])
+        return load_settings(
+            self.kind, self.prog, [*options({**self.required, **self.needed}), *argv]
+        )
 
 
 def options(values: dict[str, str]) -> list[str]:
@@ -47,7 +54,8 @@ AGGREGATOR = Command("lesft-aggregator", AggregatorSettings, {"state": "s", "cli
 TRAIN = Command(
     "lesft-client train",
     TrainSettings,
-    {"data": "d", "server": "h:1", "aggregator": "h:2", "model": "m", "state": "s"},
+    {"data": "d", "model": "m", "state": "s"},
+    {"server": "h:1"},
 )
 DATA = Command("lesft-client data", ExportDataSettings, {"data": "d"})
 COMMANDS = [SERVER, AGGREGATOR, TRAIN, DATA]
@@ -77,6 +85,7 @@ CASES: list[tuple[Command, str, list[str], list[Any]]] = [
     (SERVER, "insecure", ["true", "false", ""], [True, False, True]),
     (SERVER, "listen", ['"a:1"', "b:2", "c:3"], ["a:1", "b:2", "c:3"]),
     (SERVER, "lora.rank", ["2", "3", "4"], [2, 3, 4]),
+    (SERVER, "personal_layers", ["[0]", "1,2", "3"], [(0,), (1, 2), (3,)]),
     (
         SERVER,
         "lora.target_modules",
@@ -98,6 +107,7 @@ CASES: list[tuple[Command, str, list[str], list[Any]]] = [
         ["linear", "cosine", "constant"],
     ),
     (TRAIN, "samples", ["2", "3", "4"], [2, 3, 4]),
+    (TRAIN, "skew", ['"label"', "size", "answer"], ["label", "size", "answer"]),
     (TRAIN, "share", ['"1/2"', "2/2", "3/4"], ["1/2", "2/2", "3/4"]),
     (TRAIN, "state", ['"x"', "y", "z"], [Path("x"), Path("y"), Path("z")]),
     (TRAIN, "lora.alpha", ["2", "3.5", "4"], [2.0, 3.5, 4.0]),
@@ -125,7 +135,8 @@ def test_the_command_line_goes_before_the_environment_and_that_before_the_file(
     file = tmp_path / "settings.toml"
     file.write_text((f"[{table}]\n" if table else "") + f"{key} = {in_toml}\n")
     config = f"--config={file}"
-    argv = [option for option in options(command.required) if f"--{path}=" not in option]
+    least = options({**command.required, **command.needed})
+    argv = [option for option in least if f"--{path}=" not in option]
 
     def loaded(*more: str) -> Any:
         return value_of(load_settings(command.kind, command.prog, [*argv, *more]), path)
@@ -142,7 +153,7 @@ def test_the_command_line_goes_before_the_environment_and_that_before_the_file(
 def test_without_any_of_them_there_is_the_default(command: Command) -> None:
     settings = command.load()
     for name, info in command.kind.model_fields.items():
-        if not info.is_required() and name != "cache":
+        if not info.is_required() and name not in ("cache", *command.needed):
             assert getattr(settings, name) == info.default, name
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+import lesft_client.split_run
 import lesft_client.train
 from lesft.channel import open_channel
 from lesft.spec import Encoding, LossSpec
@@ -46,7 +47,8 @@ def test_every_byte_of_a_run_is_counted_once_and_under_its_kind(
         channels.append((address, CountingChannel(open_channel(address, insecure))))
         return channels[-1][1]
 
-    monkeypatch.setattr(lesft_client.train, "open_channel", counting)
+    for module in (lesft_client.train, lesft_client.split_run):
+        monkeypatch.setattr(module, "open_channel", counting)
     settings = server_settings(
         model,
         tmp_path / "server",
@@ -77,9 +79,10 @@ def test_every_byte_of_a_run_is_counted_once_and_under_its_kind(
     wire = result["wire"]
 
     methods = {(address, frozenset(sizes(channel.sent))) for address, channel in channels}
-    assert len(channels) == 3
+    assert len(channels) == 4
     assert methods == {
-        (server.grpc, frozenset({"DescribeRun", "FetchFront"})),
+        (server.grpc, frozenset({"DescribeRun"})),
+        (server.grpc, frozenset({"FetchFront"})),
         (server.grpc, frozenset({"Train"})),
         (aggregator, frozenset({"Join", "Submit", "Fetch"})),
     }

@@ -48,6 +48,23 @@ def test_a_sample_with_a_reference_needs_no_answer(tmp_path: Path) -> None:
     assert read(write(tmp_path, line)) == [Sample("Write a poem.", "Roses", "With roses.", "")]
 
 
+def test_a_label_is_read_and_may_be_left_out_or_empty(tmp_path: Path) -> None:
+    path = write(tmp_path, {**GOOD, "label": " sums "}, GOOD, {**GOOD, "label": ""})
+    assert [sample.label for sample in read(path)] == ["sums", "", ""]
+
+
+def test_a_line_that_was_written_is_read_as_the_same_sample(tmp_path: Path) -> None:
+    samples = [
+        Sample("Größe?", "≈ 2 m\n#### 2", "Es sind 2 m.", "2", "Maße"),
+        Sample("Write a poem.", "Roses", "With roses.", ""),
+    ]
+    lines = [jsonl.line(sample) for sample in samples]
+    assert lines[1] == (
+        '{"prompt": "Write a poem.", "target": "Roses", "reference": "With roses."}\n'
+    )
+    assert read(write(tmp_path, *lines)) == samples
+
+
 def test_without_a_reference_the_prompt_and_the_answer_make_one(tmp_path: Path) -> None:
     line = {"prompt": "Add 2 and 2.", "target": "2 + 2 = 4", "answer": "4"}
     assert read(write(tmp_path, line))[0].reference == (
@@ -83,6 +100,8 @@ def test_other_line_separators_of_unicode_do_not_end_a_line(tmp_path: Path) -> N
         ({**GOOD, "prompt": ""}, '"prompt" must not be empty'),
         ({**GOOD, "prompt": 4}, '"prompt" must be a string, got int'),
         ({**GOOD, "answer": 4}, '"answer" must be a string, got int'),
+        ({**GOOD, "label": 4}, '"label" must be a string, got int'),
+        ({**GOOD, "label": " "}, '"label" must not be empty'),
         ({**GOOD, "reference": ["4"]}, '"reference" must be a string, got list'),
         ({**GOOD, "refrence": "4"}, 'unknown field "refrence"; a line may have prompt, target'),
         ({"prompt": "Add.", "target": "4"}, 'needs "reference", "answer" or a target'),

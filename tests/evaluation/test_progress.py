@@ -12,7 +12,8 @@ def test_without_a_terminal_a_line_comes_every_ten_seconds(
 ) -> None:
     seconds = iter([100.0, 104.0, 110.0, 110.0, 115.0])
     monkeypatch.setattr(counted_progress.time, "monotonic", lambda: next(seconds))
-    with EvaluationProgress(total=8, done=2, right=1, bar=False) as display:
+    earlier = [prediction(0), prediction(1).model_copy(update={"right": False})]
+    with EvaluationProgress(total=8, earlier=earlier, bar=False) as display:
         display.advance(prediction(2))
         display.advance(prediction(3).model_copy(update={"right": False}))
         display.advance(prediction(4))
@@ -25,7 +26,7 @@ def test_without_a_terminal_a_line_comes_every_ten_seconds(
 
 
 def test_a_bar_counts_too(capsys: pytest.CaptureFixture[str]) -> None:
-    with EvaluationProgress(total=2, done=0, right=0, bar=True) as display:
+    with EvaluationProgress(total=2, earlier=[], bar=True) as display:
         display.advance(prediction(0))
         display.advance(prediction(1))
     assert "2/2" in capsys.readouterr().err

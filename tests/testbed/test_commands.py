@@ -7,9 +7,14 @@ import pytest
 from lesft.settings import load_settings
 from lesft.spec import LoraSpec, LossSpec, OptimizerSpec, RunOptions
 from lesft_aggregator.settings import AggregatorSettings
-from lesft_client.settings import TrainSettings
+from lesft_client.settings import EvaluateSettings, TrainSettings
 from lesft_server.settings import ServerSettings
-from lesft_testbed.commands import aggregator_command, client_command, server_command
+from lesft_testbed.commands import (
+    aggregator_command,
+    client_command,
+    evaluate_command,
+    server_command,
+)
 from lesft_testbed.settings import RunSettings
 
 SETTINGS = RunSettings(
@@ -19,6 +24,9 @@ SETTINGS = RunSettings(
     accumulation=2,
     batch_size=3,
     aggregation_interval=5,
+    train_front=False,
+    aggregate=False,
+    personal_layers=(),
     max_length=99,
     mode="deadline",
     quorum=1,
@@ -65,10 +73,17 @@ def test_the_server_is_told_every_option_of_the_run() -> None:
     names = set(RunOptions.model_fields)
     assert server.model_dump(include=names) == SETTINGS.model_dump(include=names)
     defaults = RunSettings().model_dump(include=names)
-    assert [name for name in names if SETTINGS.model_dump()[name] == defaults[name]] == []
+    unchanged = [name for name in names if SETTINGS.model_dump()[name] == defaults[name]]
+    assert unchanged == ["personal_layers"]  # which would contradict the others
     assert (server.model, server.state, server.cut_layer) == ("model", Path("state"), 2)
     assert (server.device, server.precision, server.threads) == ("cpu", "bf16", 2)
     assert (server.listen, server.control) == ("127.0.0.1:0", "127.0.0.1:0")
+
+
+def test_layers_that_stay_personal_are_told_as_a_list() -> None:
+    _, *argv = server_command(RunSettings(personal_layers=(0, 2)), "model", Path("state"))
+    server = load_settings(ServerSettings, "lesft-server", argv)
+    assert (server.personal_layers, server.train_front, server.aggregate) == ((0, 2), True, True)
 
 
 def test_the_aggregator_is_told_the_run_its_number_of_clients_and_its_deadline() -> None:
@@ -96,6 +111,60 @@ def test_each_client_is_told_its_own_share_of_the_same_data() -> None:
     assert (first.server, first.aggregator) == ("127.0.0.1:1", "127.0.0.1:2")
     assert (first.weights, first.cache) == ("local", Path("cache"))
     assert (first.device, first.precision, first.threads) == ("cpu", "bf16", 3)
+    assert (first.local, first.run, first.skew) == (False, None, "none")
+
+
+def test_a_client_without_a_server_is_told_the_whole_run() -> None:
+    settings = RunSettings(
+        method="fedavg",
+        clients=3,
+        rounds=0,
+        samples=8,
+        epochs=2,
+        personal_layers=(1,),
+        skew="size",
+        skew_alpha=0.25,
+        lora=LoraSpec(target_modules=("q_proj", "v_proj")),
+    )
+    _, *argv = client_command(settings, "model", Path("state"), 1, "", "127.0.0.1:2")
+    client = load_settings(TrainSettings, "lesft-client train", argv[1:])
+    assert (client.local, client.server, client.aggregator) == (True, "", "127.0.0.1:2")
+    assert (client.share, client.skew, client.skew_alpha) == ("2/3", "size", 0.25)
+    assert client.run is not None
+    names = set(RunOptions.model_fields) - {"rounds"}
+    assert client.run.model_dump(include=names) == settings.model_dump(include=names)
+    assert client.run.rounds == 4
+
+
+def test_one_node_with_all_data_is_told_so() -> None:
+    settings = RunSettings(method="centralized", server_threads=2, client_threads=1).as_trained()
+    _, *argv = client_command(settings, "model", Path("state"), 0, "", "")
+    client = load_settings(TrainSettings, "lesft-client train", argv[1:])
+    assert (client.share, client.samples, client.held_out) == ("1/1", 48, 16)
+    assert (client.aggregator, client.threads) == ("", 2)
+    assert client.run is not None
+    assert (client.run.clients, client.run.batch_size, client.run.rounds) == (1, 4, 9)
+    assert client.run.aggregate is False
+
+
+def test_an_evaluation_is_told_which_adapter_which_questions_and_what_to_measure() -> None:
+    settings = SETTINGS.model_copy(
+        update={"questions": 40, "measure": "both", "max_tokens": 77, "data": "aqua_rat"}
+    )
+
+    def evaluation(adapter: Path | None, share: tuple[int, int]) -> EvaluateSettings:
+        command = evaluate_command(settings, "model", Path("out"), adapter, share)
+        assert command[1] == "evaluate"
+        return load_settings(EvaluateSettings, "lesft-client evaluate", command[2:])
+
+    tuned = evaluation(Path("adapter"), (2, 3))
+    assert (tuned.local, tuned.untuned, tuned.adapter) == (True, False, Path("adapter"))
+    assert (tuned.model, tuned.benchmark, tuned.data_seed) == ("model", "aqua_rat", 11)
+    assert (tuned.questions, tuned.share, tuned.measure) == (40, "2/3", "both")
+    assert (tuned.max_tokens, tuned.batch, tuned.output) == (77, 32, Path("out"))
+    assert (tuned.device, tuned.precision, tuned.threads) == ("cpu", "bf16", 2)
+    untuned = evaluation(None, (1, 1))
+    assert (untuned.untuned, untuned.adapter, untuned.share) == (True, None, "1/1")
 
 
 @pytest.mark.parametrize(

@@ -6,24 +6,24 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
-import psutil
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lesft_client.data import client_share, encode_samples, load_samples
-from tests.processes.harness import (
-    Process,
-    make_samples,
-    save_model_with_tokenizer,
-    write_samples,
+from tests.processes.harness import Process, save_model_with_tokenizer
+from tests.testbed.running import (
+    CLIENTS,
+    RUN_SECONDS,
+    SAMPLES,
+    held_out_nll,
+    running_testbed,
+    services_of,
+    write_data,
 )
 
-CLIENTS, SAMPLES, HELD_OUT = 2, 4, 2
 KINDS = {"activations_base", "activations_reference", "gradients", "labels", "adapters", "other"}
 
 
@@ -34,60 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    samples = [{**sample, "answer": sample["target"][6:-1]} for sample in make_samples(50)]
-    return write_samples(tmp_path_factory.mktemp("data") / "data.jsonl", samples)
-
-
-@contextmanager
-def running_testbed(model: Path, data: Path, output: Path, *options: str) -> Iterator[Process]:
-    """The command, which is gone when the block ends, with all that it started."""
-    if not any(option.startswith("--questions") for option in options):
-        options = (*options, "--questions=0")
-    process = Process(
-        "lesft-testbed",
-        "run",
-        *(f"--output={output}", f"--model={model}", f"--data={data}", f"--clients={CLIENTS}"),
-        *(f"--samples={SAMPLES}", f"--held-out={HELD_OUT}", f"--cache={output.parent / 'cache'}"),
-        *("--server-threads=1", "--progress=lines"),
-        *options,
-        cwd=output.parent,
-    )
-    try:
-        yield process
-    finally:
-        services = services_of(output)
-        process.end()
-        for service in services:
-            service.kill()
-
-
-def services_of(output: Path) -> list[psutil.Process]:
-    """The services of a run, known by their state folders."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            command = process.cmdline()
-        except psutil.Error:
-            continue
-        if any(word.startswith(f"--state={output}/") for word in command):
-            found.append(process)
-    return found
-
-
-def held_out_nll(model: Any, tokenizer: Any, data: Path) -> float:
-    """Mean -log P per held-out target token of all clients, by torch and peft alone."""
-    nll, tokens = 0.0, 0
-    drawn = load_samples(str(data), "test", CLIENTS * HELD_OUT, seed=0)
-    for index in range(CLIENTS):
-        share = client_share(drawn, index, CLIENTS, HELD_OUT, seed=0)
-        for sample in encode_samples(share, tokenizer, 1024)[0]:
-            ids = torch.tensor([sample.base_ids + sample.target_ids])
-            with torch.no_grad():
-                log_probs = torch.log_softmax(model(input_ids=ids).logits[0].float(), dim=-1)
-            for position in range(len(sample.base_ids), ids.shape[1]):
-                nll -= float(log_probs[position - 1, ids[0, position]])
-                tokens += 1
-    return nll / tokens
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def test_a_run_leaves_report_picture_logs_and_an_adapter_that_reproduces_its_figures(
@@ -98,16 +45,16 @@ def test_a_run_leaves_report_picture_logs_and_an_adapter_that_reproduces_its_fig
     (output / "report.json").write_text("an earlier run's")
     options = (
         *("--rounds=6", "--optimizer.learning-rate=0.02", "--lora.dropout=0"),
-        "--questions=3",
+        *("--questions=3", "--measure=both", "--max-tokens=20"),
     )
     with running_testbed(model, data, output, *options) as process:
-        assert process.wait() == 0, process.output
+        assert process.wait(RUN_SECONDS) == 0, process.output
         assert services_of(output) == []
 
     names = {path.name for path in output.iterdir()}
     logs = {"server.log", "aggregator.log", "client-0.log", "client-1.log"}
-    logs |= {"accuracy-before.log", "accuracy-after.log"}
-    results = {"report.json", "report.md", "loss.png", "adapter", "serve.json"}
+    logs |= {"questions-before.log", "questions-after.log"}
+    results = {"report.json", "report.md", "loss.png", "adapter", "serve.json", "questions.json"}
     assert names == {*results, "state", *logs}
 
     report = json.loads((output / "report.json").read_text())
@@ -120,11 +67,16 @@ def test_a_run_leaves_report_picture_logs_and_an_adapter_that_reproduces_its_fig
     base = report["wire"]["activations_base"]["up"]
     assert report["wire"]["gradients"] == {"up": 0, "down": base}
     assert report["accuracy_questions"] == 3
+    questions = json.loads((output / "questions.json").read_text())
     for when in ("before", "after"):
-        evaluation = output / "state" / f"accuracy-{when}" / "evaluation.json"
+        evaluation = output / "state" / f"questions-{when}" / "evaluation.json"
         figures = json.loads(evaluation.read_text())
         assert report[f"accuracy_{when}"] == figures["accuracy"]
-        assert ("untuned" in figures["model"]) == (when == "before")
+        assert report[f"accuracy_interval_{when}"] == pytest.approx(figures["interval"])
+        assert report[f"test_nll_{when}"] == pytest.approx(figures["nll_per_token"])
+        assert [question["index"] for question in questions[when]] == [0, 1, 2]
+        assert figures["settings"]["untuned"] == (when == "before")
+    assert report["test_nll_after"] < report["test_nll_before"]
     assert set(report["peak_rss_mib"]) == {"server", "aggregator", "client-0", "client-1"}
     assert all(peak > 20 for peak in report["peak_rss_mib"].values())
     assert 0 < report["seconds"]["training"] < report["seconds"]["total"]

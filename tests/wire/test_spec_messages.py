@@ -38,6 +38,9 @@ OTHER = RunSpec(
     accumulation=9,
     batch_size=11,
     aggregation_interval=13,
+    train_front=False,
+    aggregate=False,
+    personal_layers=(0, 3),
     max_length=4097,
     seed=2**63 - 1,
     mode="deadline",
@@ -115,7 +118,7 @@ def test_every_choice_of_a_spec_is_a_choice_of_its_message(model: type[BaseModel
 
 def test_the_other_spec_differs_from_the_plain_one_in_every_field() -> None:
     plain, other = fields_of(PLAIN), fields_of(OTHER)
-    assert len(plain) == len(other) == 35
+    assert len(plain) == len(other) == 38
     assert [name for name in plain if plain[name] == other[name]] == []
 
 

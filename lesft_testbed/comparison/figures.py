@@ -1,0 +1,224 @@
+"""What a finished run has left: its figures, and whether they are of the run that is planned."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from lesft_testbed.comparison.command_lines import run_folder
+from lesft_testbed.comparison.plan import PlannedRun
+from lesft_testbed.methods import METHODS
+
+_TRAINING_FILE, _QUESTIONS_FILE, _UNTUNED_FILE = "report.json", "questions.json", "evaluation.json"
+_TIMED_KIND = "other"
+"""Bytes on the wire that depend on how long a run lasted, such as signs of life."""
+
+
+class Question(BaseModel):
+    """What came of one test question."""
+
+    index: int
+    """Counted in the whole test set."""
+    right: bool | None = None
+    """Null where answers were not asked for."""
+    nll: float | None = None
+    """-log P of the data's own worked solution in nats; null where it was not scored."""
+    nll_tokens: int = 0
+
+
+class Measured(BaseModel):
+    """What is never the same twice."""
+
+    seconds: dict[str, float]
+    peak_rss_mib: dict[str, float] = {}
+    """By service."""
+    other_bytes: dict[str, int] = {}
+    """What went over the wire besides the kinds in `wire`, up and down."""
+
+
+class RunFigures(BaseModel):
+    """One finished run."""
+
+    name: str
+    kind: str
+    method: str
+    model: str
+    data: str
+    seed: int
+    questions: int
+    right: int | None
+    accuracy: float | None
+    """Share of the questions that were answered right."""
+    nll_per_token: float | None
+    """Mean -log P of the test questions' solutions in nats per token."""
+    nll_tokens: int
+    cut_layer: int | None = None
+    """Null where the model is not split."""
+    rounds: int = 0
+    samples_by_client: list[int] = []
+    loss_by_round: list[float] = []
+    nll_by_round: list[float] = []
+    class_shares: list[tuple[float, float, float]] = []
+    """Shares of salient, sub-salient and irrelevant target tokens by round; empty where there are
+    no such classes."""
+    wire: dict[str, dict[str, int]] = {}
+    """Bytes of all clients by kind, up and down."""
+    client_parameters: int | None = None
+    """Model parameters held by a client."""
+    client_trained_parameters: int | None = None
+    measured: Measured
+
+
+class FinishedRun(BaseModel):
+    """The figures, and the questions that they are made of."""
+
+    figures: RunFigures
+    questions: list[Question]
+
+
+class NotFinished(Exception):
+    """There are no results of this run; the message says why."""
+
+
+class OtherSettings(NotFinished):
+    """There are results, but of other settings; the message names them."""
+
+
+def read_run(run: PlannedRun, output: Path) -> FinishedRun:
+    """The results of a planned run below the comparison's folder.
+
+    Raises OtherSettings or NotFinished.
+    """
+    folder = run_folder(output, run)
+    if run.kind == "training":
+        report = _read(folder / _TRAINING_FILE)
+        expected = {**_flat(METHODS[run.method].settings()), **run.options}
+        _check(expected, report, folder)
+        asked = _read(folder / _QUESTIONS_FILE)["after"] if run.options["questions"] else []
+        questions = [_question(each) for each in asked or ()]
+        _check_questions(run, questions, folder)
+        return FinishedRun(figures=_of_training(run, report, questions), questions=questions)
+    report = _read(folder / _UNTUNED_FILE)
+    _check(run.options, report, folder)
+    questions = [_question(each) for each in report["predictions"]]
+    _check_questions(run, questions, folder)
+    measured = Measured(seconds={"answering": report["seconds"]})
+    figures = RunFigures(**_common(run, questions), measured=measured)
+    return FinishedRun(figures=figures, questions=questions)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise NotFinished("has no results yet") from None
+    except ValueError:
+        raise NotFinished(f"{path} is no whole JSON file") from None
+    return values
+
+
+def _check(expected: Mapping[str, Any], report: Mapping[str, Any], folder: Path) -> None:
+    """Raise OtherSettings unless all that is planned is what was run."""
+    recorded = _flat(report.get("settings", {}))
+    differing = [
+        f"{name} {recorded.get(name)}, planned {value}"
+        for name, value in expected.items()
+        # A cut of 0 was left to the run.
+        if _plain(recorded.get(name)) != _plain(value) and (name, value) != ("cut_layer", 0)
+    ]
+    if differing:
+        raise OtherSettings(f"{folder} has other settings: {'; '.join(differing)}")
+
+
+def _check_questions(run: PlannedRun, questions: list[Question], folder: Path) -> None:
+    """Raise NotFinished unless what is to be measured on test questions was."""
+    if not run.options["questions"]:
+        return
+    measure = run.options["measure"]
+    answered = any(each.right is not None for each in questions) or measure == "likelihood"
+    scored = any(each.nll is not None for each in questions) or measure == "accuracy"
+    what = "accuracy and likelihood" if measure == "both" else measure
+    if not (answered and scored):
+        raise NotFinished(f"has not measured {what} on its test questions: {folder} has its logs")
+
+
+def _plain(value: Any) -> Any:
+    """A setting as both sides write it: a home folder in full, a list for a tuple."""
+    if isinstance(value, str):
+        return str(Path(value).expanduser()) if value.startswith("~/") else value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    return dict(_flat_items(values, prefix))
+
+
+def _flat_items(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat_items(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _question(values: Mapping[str, Any]) -> Question:
+    return Question(
+        index=values["index"],
+        right=values.get("right"),
+        nll=values.get("nll"),
+        nll_tokens=values.get("nll_tokens") or 0,
+    )
+
+
+def _common(run: PlannedRun, questions: list[Question]) -> dict[str, Any]:
+    answered = [each.right for each in questions if each.right is not None]
+    scored = [each for each in questions if each.nll is not None]
+    tokens = sum(each.nll_tokens for each in scored)
+    nll = sum(each.nll for each in scored if each.nll is not None)
+    return {
+        "name": run.name,
+        "kind": run.kind,
+        "method": run.method,
+        "model": run.model,
+        "data": run.data,
+        "seed": run.seed,
+        "questions": len(questions),
+        "right": sum(answered) if answered else None,
+        "accuracy": sum(answered) / len(answered) if answered else None,
+        "nll_per_token": nll / tokens if tokens else None,
+        "nll_tokens": tokens,
+    }
+
+
+def _of_training(
+    run: PlannedRun, report: Mapping[str, Any], questions: list[Question]
+) -> RunFigures:
+    wire = {kind: ways for kind, ways in report["wire"].items() if kind != _TIMED_KIND}
+    return RunFigures(
+        **_common(run, questions),
+        cut_layer=report.get("cut_layer") if METHODS[run.method].split else None,
+        rounds=report["rounds"],
+        samples_by_client=report.get("samples_by_client", []),
+        loss_by_round=report["loss_by_round"],
+        nll_by_round=report["nll_by_round"],
+        class_shares=_shares(report["class_counts_by_round"]),
+        wire=wire,
+        client_parameters=report.get("client_parameters"),
+        client_trained_parameters=report.get("client_trained_parameters"),
+        measured=Measured(
+            seconds=report["seconds"],
+            peak_rss_mib=report["peak_rss_mib"],
+            other_bytes=report["wire"].get(_TIMED_KIND, {}),
+        ),
+    )
+
+
+def _shares(counts_by_round: list[list[int] | None]) -> list[tuple[float, float, float]]:
+    shares = []
+    for counts in counts_by_round:
+        if counts and sum(counts):
+            salient, near, rest = (count / sum(counts) for count in counts)
+            shares.append((salient, near, rest))
+    return shares
