@@ -126,7 +126,7 @@ def _forward(model: torch.nn.Module, name: str, steps: Sequence[Step]) -> list[t
         first_B = torch.tensor([max(ends) - end for end in ends])
         mask_BK = (torch.arange(max(ends)) >= first_B[:, None]).long().to(inputs.device)
     output = model(
-        **{name: inputs, _cache_argument(type(model)): _CacheBatch(steps, past)},  # type: ignore[arg-type]
+        **{name: inputs, cache_argument(type(model)): _CacheBatch(steps, past)},  # type: ignore[arg-type]
         attention_mask=mask_BK,
         position_ids=positions_BQ.to(inputs.device),
         use_cache=True,
@@ -136,7 +136,7 @@ def _forward(model: torch.nn.Module, name: str, steps: Sequence[Step]) -> list[t
 
 
 @functools.cache
-def _cache_argument(kind: type[torch.nn.Module]) -> str:
+def cache_argument(kind: type[torch.nn.Module]) -> str:
     """What the library calls the cache: `past_key_values` until 5.2x, `cache` since then."""
     return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 

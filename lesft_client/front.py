@@ -74,13 +74,14 @@ class Front:
         """Step 1 of a front that does not train, for those samples that the back does not hold.
 
         `numbers` are all samples of the micro-batch. Without adapters to train there is no dropout,
-        and a sample's activations are the same in every epoch.
+        and a sample's activations are the same in every epoch, to the last bit: each goes forward
+        alone, since padding for its neighbours changes that bit.
         """
         new = list(enclosed.values())
-        base = self._activations([s.base_ids + s.target_ids for s in new])
+        base = self._one_by_one([s.base_ids + s.target_ids for s in new])
         reference = None
         if new and self.spec.loss.needs_reference:
-            reference = self._activations([s.reference_ids + s.target_ids for s in new])
+            reference = self._one_by_one([s.reference_ids + s.target_ids for s in new])
         batch = MicroBatch(key, base, reference, _targets(new), tuple(numbers), tuple(enclosed))
         return ForwardPass(batch, None, None)
 
@@ -106,12 +107,19 @@ class Front:
         """Cut-layer activations of token id sequences, without padding."""
         self.model.train(dropout)
         lengths = tuple(len(ids) for ids in sequences)
-        if not lengths:
-            return Path(torch.empty(0, self.model.config.hidden_size), ())
         flat_N = torch.tensor([i for ids in sequences for i in ids], device=self.model.device)
         ids_BL, mask_BL = pad(flat_N, lengths)
         with autocast(self.model.device, self._precision):
             return Path(unpad(front_forward(self.model, ids_BL, mask_BL), lengths), lengths)
+
+    def _one_by_one(self, sequences: Sequence[Sequence[int]]) -> Path:
+        """As `_activations`, of which none depends on the others; there may be none at all."""
+        if not sequences:
+            return Path(torch.empty(0, self.model.config.hidden_size), ())
+        paths = [self._activations([ids]) for ids in sequences]
+        return Path(
+            torch.cat([path.activations_ND for path in paths]), tuple(len(ids) for ids in sequences)
+        )
 
     # ------------------------------------------------------------------ beside training
 

@@ -233,13 +233,13 @@ class ServerLink:
         self._on_waiting(f"{self._party} to answer again")
 
     def _reopen(self) -> Stream:
-        stream = patiently(
-            self._open_stream,
-            self._patience.reconnect,
-            self._check_wanted,
-            progress=lambda: self._heard,
-            option="--reconnect-seconds",
-        )
+        stream = self._open_again()
+        if stream.opened.course == training_pb2.COURSE_CONTINUE and not self._can_repeat(stream):
+            log.warning("%s: has lost activations, which a checkpoint brings back", self._party)
+            stream.close()
+            with self._lock:
+                self._position = None
+            stream = self._open_again()
         with self._lock:
             self._held = set(stream.opened.held)
         self.reconnects += 1
@@ -259,6 +259,25 @@ class ServerLink:
             stream.close()
             self._check_wanted()
         return stream
+
+    def _open_again(self) -> Stream:
+        return patiently(
+            self._open_stream,
+            self._patience.reconnect,
+            self._check_wanted,
+            progress=lambda: self._heard,
+            option="--reconnect-seconds",
+        )
+
+    def _can_repeat(self, stream: Stream) -> bool:
+        """Whether what was not answered can be sent again as it was, and is whole there."""
+        held = set(stream.opened.held)
+        with self._lock:
+            return all(
+                held.union(request.enclosed).issuperset(request.samples)
+                for request in self._unanswered
+                if isinstance(request, MicroBatch)
+            )
 
     def _open_stream(self) -> Stream:
         opening = training_pb2.OpenSession()

@@ -6,13 +6,14 @@ The rows of a batch end where the longest ends and are padded on the left, as in
 Shape letters: B rows, K tokens of the longest row, V vocabulary.
 """
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
+
+from lesft.decoding import cache_argument
 
 
 class RowBatch:
@@ -22,7 +23,7 @@ class RowBatch:
         self._model = model
         self._lengths: list[int] = []
         self._cache = self._empty_cache()
-        self._cache_argument = _cache_argument(self._bare_model())
+        self._cache_argument = cache_argument(type(self._bare_model()))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def join(self, prompt_ids: Sequence[int]) -> torch.Tensor:
@@ -96,10 +97,13 @@ class RowBatch:
     def _empty_cache(self) -> DynamicCache:
         return DynamicCache(config=self._bare_model().config)
 
-    def _bare_model(self) -> Any:
+    def _bare_model(self) -> PreTrainedModel:
         """The library's model where peft has wrapped it."""
         wrapped: Any = self._model
-        return wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+        bare: PreTrainedModel = (
+            wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+        )
+        return bare
 
 
 def _resize(layer: Any, length: int) -> None:
@@ -112,8 +116,3 @@ def _resize(layer: Any, length: int) -> None:
     # A negative padding cuts off; the cut-off part is padding itself.
     layer.keys = F.pad(layer.keys, [0, 0, missing, 0])
     layer.values = F.pad(layer.values, [0, 0, missing, 0])
-
-
-def _cache_argument(model: Any) -> str:
-    """What the library calls the cache: `past_key_values` until 5.2x, `cache` since then."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -178,7 +178,7 @@ class TrainCommand:
             self._display.say(f"joined at round {turn.round + 1} of {spec.rounds}")
             return turn
         link.resume(turn.round)
-        if spec.clients > 1:
+        if spec.clients > 1 and not self._settings.local:
             self._display.say(f"joined; the run begins when all its {spec.clients} clients have")
         return None
 

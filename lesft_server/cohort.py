@@ -35,11 +35,10 @@ _STOP_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Request:
-    """A client's micro-batch, the SHA-256 of what it sent, and which of its samples are kept."""
+    """A client's micro-batch and the SHA-256 of what it sent."""
 
     batch: MicroBatch
     digest: bytes
-    held: tuple[int, ...] = ()
 
 
 class StepState(enum.Enum):
@@ -335,10 +334,7 @@ class Cohort:
                 Entry(
                     name,
                     requests[name].digest,
-                    *result_to_message(
-                        replace(result, checkpoint=tensors is not None, held=requests[name].held),
-                        encoding,
-                    ),
+                    *result_to_message(replace(result, checkpoint=tensors is not None), encoding),
                 )
                 for name, result in zip(shares, results, strict=True)
             ]

@@ -12,6 +12,7 @@ from lesft.control import make_control_app
 from lesft.spec import RunSpec
 from lesft_server.generation import Generation
 from lesft_server.run import Run, RunState
+from lesft_server.sample_store import SampleStore
 from lesft_server.session import Engine
 
 
@@ -78,7 +79,7 @@ def make_app(engine: Engine, generation: Generation) -> FastAPI:
     """
     run = engine.run
     registry = CollectorRegistry()
-    registry.register(_RunCollector(run))
+    registry.register(_RunCollector(run, engine.samples))
     registry.register(_GenerationCollector(generation))
 
     def ready() -> str | None:
@@ -187,8 +188,9 @@ def make_app(engine: Engine, generation: Generation) -> FastAPI:
 class _RunCollector(Collector):
     """The run as Prometheus metrics, read when asked."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, samples: SampleStore) -> None:
         self._run = run
+        self._samples = samples
 
     def collect(self) -> list[Metric]:
         """Called by the registry at each scrape."""
@@ -197,6 +199,11 @@ class _RunCollector(Collector):
         metrics: list[Metric] = [
             CounterMetricFamily("lesft_server_rounds", "Rounds done.", value=len(rounds)),
             GaugeMetricFamily("lesft_server_clients", "Clients connected.", value=connected),
+            GaugeMetricFamily(
+                "lesft_server_kept_activation_bytes",
+                "Disk in use for activations of clients that do not train.",
+                value=self._samples.num_bytes,
+            ),
         ]
         if rounds:
             loss, seconds = rounds[-1].loss, rounds[-1].seconds

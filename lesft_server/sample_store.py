@@ -60,12 +60,14 @@ class SampleStore:
         for other in folder.parent.iterdir() if folder.parent.is_dir() else ():
             if other != folder:
                 with self._lock:
-                    self.num_bytes -= sum(path.stat().st_size for path in other.iterdir())
-                shutil.rmtree(other)
+                    self.num_bytes -= sum(path.stat().st_size for path in _samples_in(other))
+                shutil.rmtree(other, ignore_errors=True)  # its session may be writing yet
         return HeldSamples(self, self._spec, client_id, folder)
 
     def keep(self, path: FilePath, data: bytes) -> bool:
         """Write a sample's file, if there is room; returns whether it is there for good."""
+        if path.exists():
+            return True  # by an earlier session of the client, while this one was opened
         with self._lock:
             if self.num_bytes + len(data) > self._max_bytes:
                 self._say_full(f"--kept-activations-mib is {self._max_bytes >> 20}")
@@ -103,7 +105,7 @@ class HeldSamples:
         self._client_id = client_id
         self._folder = folder
         self._files: dict[int, _File] = {}
-        for path in folder.iterdir() if folder.is_dir() else ():
+        for path in _samples_in(folder):
             number, _, digest = path.stem.partition("-")
             self._files[int(number)] = _File(path, bytes.fromhex(digest))
 
@@ -111,6 +113,10 @@ class HeldSamples:
     def numbers(self) -> list[int]:
         """The samples that need not be sent again."""
         return sorted(self._files)
+
+    def among(self, samples: Iterable[int]) -> list[int]:
+        """Those of some samples that need not be sent again."""
+        return sorted(self._files.keys() & set(samples))
 
     def check_complete(self, samples: Iterable[int], enclosed: Iterable[int]) -> None:
         """Raises OutOfOrder for a sample that is neither enclosed nor held."""
@@ -200,6 +206,11 @@ def _concatenated(paths: list[Path]) -> Path:
         torch.cat([path.activations_ND for path in paths]),
         tuple(length for path in paths for length in path.lengths),
     )
+
+
+def _samples_in(folder: FilePath) -> Iterable[FilePath]:
+    """The files that are whole; another session may be writing beside them."""
+    return folder.glob("*.safetensors")
 
 
 def _hex(name: str) -> str:

@@ -160,9 +160,7 @@ class Session:
             digest.update(data)
             return Request(batch, digest.digest())
         received = micro_batch_from_message(header, data, self._engine.limits)
-        batch, contents = self.held.complete(received)
-        held = tuple(n for n in self.held.numbers if n in batch.samples)
-        return Request(batch, contents, held)
+        return Request(*self.held.complete(received))
 
     async def _receive_held_out(self, header: training_pb2.HeldOut, requests: _Requests) -> None:
         if self._unanswered["held_out"] == MAX_HELD_OUT_WAITING:
@@ -291,6 +289,8 @@ class Session:
         async def read() -> _Answer:
             ledger = self._engine.journal.ledger
             header, data = await asyncio.to_thread(ledger.read, client_id, key)
+            # As it is now: the ledger's answer may be older than what is held.
+            header.held.extend(self.held.among(request.batch.samples))
             return training_pb2.TrainResponse(step=header), data
 
         return read

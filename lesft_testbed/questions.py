@@ -1,16 +1,15 @@
 """What became of the test questions: questions.json, and the figures over all of them."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-QUESTIONS_FILE = "questions.json"
+from lesft.wilson import wilson_interval
 
-_STANDARD_ERRORS_OF_95_PERCENT = 1.959963984540054
+QUESTIONS_FILE = "questions.json"
 
 
 class Question(BaseModel):
@@ -44,7 +43,7 @@ def accuracy(questions: Sequence[Question]) -> tuple[float, tuple[float, float]]
     answers = [question.right for question in questions if question.right is not None]
     if not answers:
         return None
-    return sum(answers) / len(answers), _wilson_interval(sum(answers), len(answers))
+    return sum(answers) / len(answers), wilson_interval(sum(answers), len(answers))
 
 
 def nll_per_token(questions: Sequence[Question]) -> float | None:
@@ -61,16 +60,3 @@ def write_questions(questions: Questions, output: Path) -> None:
         for when in ("before", "after")
     }
     (output / QUESTIONS_FILE).write_text(json.dumps(body, indent=1) + "\n")
-
-
-def _wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """The 95% score interval of a share (Wilson, JASA 22, 1927), of `count` >= 1 trials.
-
-    As lesft-client's evaluation.json has it for one evaluation; here it is of several together.
-    """
-    z = _STANDARD_ERRORS_OF_95_PERCENT
-    share = right / count
-    center = share + z * z / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)

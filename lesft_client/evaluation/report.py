@@ -1,6 +1,5 @@
 """What came of an evaluation: evaluation.json for programs, evaluation.md for people."""
 
-import math
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from lesft.files import write_atomically
+from lesft.wilson import wilson_interval
 from lesft_client.data.answer_values import same_answer
 from lesft_client.evaluation.predictions import Prediction
 
@@ -17,7 +17,6 @@ REPORT_FILE = "evaluation.json"
 PAGE_FILE = "evaluation.md"
 
 _PACKAGES = ("lesft", "torch", "transformers", "tokenizers", "peft")
-_STANDARD_ERRORS_OF_95_PERCENT = 1.959963984540054
 
 
 class Origin(BaseModel):
@@ -29,7 +28,7 @@ class Origin(BaseModel):
     prompt_fingerprint: str
     """The same where wording, template and examples are the same."""
     data_digest: str
-    """Over questions, examples and answers."""
+    """Over questions, examples, solutions and answers."""
     prompt: str
     shots: int
     measure: str = "accuracy"
@@ -96,16 +95,6 @@ def make_report(origin: Origin, predictions: Sequence[Prediction]) -> Evaluation
         versions=_versions(),
         predictions=sorted(predictions, key=lambda prediction: prediction.index),
     )
-
-
-def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """The 95% score interval of a share (Wilson, JASA 22, 1927), of `count` >= 1 trials."""
-    z = _STANDARD_ERRORS_OF_95_PERCENT
-    share = right / count
-    center = share + z * z / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
 
 
 def summary(report: EvaluationReport) -> str:

@@ -10,22 +10,11 @@ from pydantic import BaseModel
 from lesft_testbed.comparison.command_lines import run_folder
 from lesft_testbed.comparison.plan import PlannedRun
 from lesft_testbed.methods import METHODS
+from lesft_testbed.questions import Question, nll_per_token, questions_of
 
 _TRAINING_FILE, _QUESTIONS_FILE, _UNTUNED_FILE = "report.json", "questions.json", "evaluation.json"
 _TIMED_KIND = "other"
 """Bytes on the wire that depend on how long a run lasted, such as signs of life."""
-
-
-class Question(BaseModel):
-    """What came of one test question."""
-
-    index: int
-    """Counted in the whole test set."""
-    right: bool | None = None
-    """Null where answers were not asked for."""
-    nll: float | None = None
-    """-log P of the data's own worked solution in nats; null where it was not scored."""
-    nll_tokens: int = 0
 
 
 class Measured(BaseModel):
@@ -97,12 +86,12 @@ def read_run(run: PlannedRun, output: Path) -> FinishedRun:
         expected = {**_flat(METHODS[run.method].settings()), **run.options}
         _check(expected, report, folder)
         asked = _read(folder / _QUESTIONS_FILE)["after"] if run.options["questions"] else []
-        questions = [_question(each) for each in asked or ()]
+        questions = [Question.model_validate(each) for each in asked or ()]
         _check_questions(run, questions, folder)
         return FinishedRun(figures=_of_training(run, report, questions), questions=questions)
     report = _read(folder / _UNTUNED_FILE)
     _check(run.options, report, folder)
-    questions = [_question(each) for each in report["predictions"]]
+    questions = questions_of([report])
     _check_questions(run, questions, folder)
     measured = Measured(seconds={"answering": report["seconds"]})
     figures = RunFigures(**_common(run, questions), measured=measured)
@@ -163,20 +152,8 @@ def _flat_items(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, A
             yield f"{prefix}{name}", value
 
 
-def _question(values: Mapping[str, Any]) -> Question:
-    return Question(
-        index=values["index"],
-        right=values.get("right"),
-        nll=values.get("nll"),
-        nll_tokens=values.get("nll_tokens") or 0,
-    )
-
-
 def _common(run: PlannedRun, questions: list[Question]) -> dict[str, Any]:
     answered = [each.right for each in questions if each.right is not None]
-    scored = [each for each in questions if each.nll is not None]
-    tokens = sum(each.nll_tokens for each in scored)
-    nll = sum(each.nll for each in scored if each.nll is not None)
     return {
         "name": run.name,
         "kind": run.kind,
@@ -187,8 +164,8 @@ def _common(run: PlannedRun, questions: list[Question]) -> dict[str, Any]:
         "questions": len(questions),
         "right": sum(answered) if answered else None,
         "accuracy": sum(answered) / len(answered) if answered else None,
-        "nll_per_token": nll / tokens if tokens else None,
-        "nll_tokens": tokens,
+        "nll_per_token": nll_per_token(questions),
+        "nll_tokens": sum(each.nll_tokens for each in questions if each.nll is not None),
     }
 
 

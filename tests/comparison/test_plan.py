@@ -95,7 +95,7 @@ def test_explicit_options_go_before_a_preset_s() -> None:
         (["--reference=sl", "--methods=lesft"], "--reference must be one of --methods (lesft)"),
         (["--total-samples=9", "--samples=3"], "give one of them"),
         (["--total-samples=3"], "must give each of 4 clients one at least, got 3"),
-        (["--samples=1"], "must be at least --accumulation x --batch-size (4)"),
+        (["--samples=1", "--accumulation=4"], "must be at least --accumulation x --batch-size (4)"),
         (["--collect", "--manifest-only"], "give one of them"),
     ],
 )

@@ -140,7 +140,7 @@ def test_what_depends_on_time_is_under_measured_only() -> None:
     assert figures.measured.other_bytes["down"] == 7
     assert figures.measured.seconds["training"] == 200.0
     assert figures.class_shares[0] == (0.6, 0.1, 0.3)
-    assert figures.rounds == len(figures.loss_by_round) == 7
+    assert figures.rounds == len(figures.loss_by_round) == 30
 
 
 def test_runs_at_once_are_bounded_by_cores_and_one_without_known_weights(

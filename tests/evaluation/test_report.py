@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from lesft.wilson import wilson_interval
 from lesft_client.evaluation.report import (
     Origin,
     make_report,
     summary,
-    wilson_interval,
     write_report,
 )
 from tests.evaluation.test_predictions import prediction
