@@ -162,6 +162,81 @@ def counts_of(result: StepResult) -> tuple[int, int, int]:
     return result.class_counts
 
 
+# ---------------------------------------------------------------------- a token's own probability
+
+
+@pytest.mark.parametrize("base_nll_weight", [0.0, 0.5])
+@pytest.mark.parametrize("logits_slice", [2, 1024])
+def test_weights_that_are_the_tokens_own_probabilities_are_factors_without_gradient(
+    checkpoint: Checkpoint, base_nll_weight: float, logits_slice: int
+) -> None:
+    """DFT: -(1/|y|) Σ sg(P_t) log P_t for each sample, by autograd on the whole computation."""
+    loss = LossSpec(token_weights="probability", base_nll_weight=base_nll_weight)
+    spec = run_spec(loss=loss)
+    back = make_back(checkpoint, spec, logits_slice=logits_slice)
+    part = random_part("ada", 1.0, [(12, 5)], with_reference=False)
+    batch = part.micro_batch
+    base = batch.base.activations_ND.clone().requires_grad_()
+    back.model.eval()
+    _, log_probs = plain_forward(back.model, base, batch.targets.ids_T)
+    weights = [math.exp(log_p) + base_nll_weight for log_p in log_probs.tolist()]
+    expected = torch.zeros(())
+    for weight, log_p in zip(weights, log_probs, strict=True):
+        expected = expected - weight * log_p / 5
+    (expected / spec.accumulation).backward()  # type: ignore[no-untyped-call]
+    gradients = [gradient_of(parameter) for parameter in lora_parameters(back.model)]
+    for parameter in lora_parameters(back.model):
+        parameter.grad = None
+
+    [result] = back.train_step(FIRST, [part])
+    assert result.loss == pytest.approx(expected.item(), rel=1e-5)
+    assert result.nll == pytest.approx(-log_probs.mean().item(), rel=1e-5)
+    assert result.class_counts is None
+    assert result.reference_gradient_ND is None
+    assert_near(result.base_gradient_ND, gradient_of(base), 1e-7)
+    for parameter, gradient in zip(lora_parameters(back.model), gradients, strict=True):
+        assert_near(gradient_of(parameter), gradient, 1e-7)
+    assert any(gradient.abs().max() > 1e-5 for gradient in gradients)
+
+
+def test_the_own_probability_is_that_of_the_path_that_trains_with_its_dropout(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One forward pass gives weight and loss: a token's term is -P log P of the same P."""
+    spec = run_spec(loss=LossSpec(token_weights="probability"), **DROPOUT)
+    back = make_back(checkpoint, spec)
+    part = random_part("ada", 1.0, [(2, 1)], with_reference=False)
+    [result] = back.train_step(FIRST, [part])
+    assert result.loss == pytest.approx(math.exp(-result.nll) * result.nll, rel=1e-5)
+    [plain] = back.score(part.micro_batch.base, part.micro_batch.targets)
+    assert result.nll != pytest.approx(plain, rel=1e-3)
+
+
+# ---------------------------------------------------------------------- clients that do not train
+
+
+@pytest.mark.parametrize("name", ["adaptive", "both paths trained", "uniform"])
+def test_where_clients_do_not_train_the_back_does_all_but_return_gradients(
+    checkpoint: Checkpoint, name: str
+) -> None:
+    runs = []
+    for train_front in (True, False):
+        spec = run_spec(loss=LOSSES[name], train_front=train_front, accumulation=2)
+        back = make_back(checkpoint, spec)
+        results = back.train_step(FIRST, two_clients(spec.loss))
+        gradients = [gradient_of(parameter) for parameter in lora_parameters(back.model)]
+        runs.append((results, gradients))
+    (trained, gradients), (frozen, same_gradients) = runs
+    for result, other in zip(trained, frozen, strict=True):
+        assert result.base_gradient_ND is not None
+        assert (other.base_gradient_ND, other.reference_gradient_ND) == (None, None)
+        numbers = (result.loss, result.nll, result.class_counts)
+        assert (other.loss, other.nll, other.class_counts) == numbers
+    assert any(gradient.any() for gradient in gradients)
+    for one, another in zip(gradients, same_gradients, strict=True):
+        assert torch.equal(one, another)
+
+
 # ---------------------------------------------------------------------- slices of the logits
 
 

@@ -233,6 +233,18 @@ def test_uniform_weights_are_the_given_one_and_know_no_classes(uniform_weight: f
     assert classes is None
 
 
+def test_a_token_weighs_its_own_probability_where_that_is_asked_for() -> None:
+    """DFT, arXiv:2508.05629, equation 9: sg(P_t) before -log P_t; no classes."""
+    spec = LossSpec(token_weights="probability")
+    probs = [0.0, SMALLEST_DENORMAL, 0.25, single(0.95), JUST_ABOVE, 1.0]
+    given = torch.tensor(probs, requires_grad=True)
+    weights, classes = sample_token_weights(given, torch.randn(6, 3), spec)
+    assert weights.tolist() == probs
+    assert classes is None
+    assert not weights.requires_grad
+    assert not spec.needs_reference
+
+
 @pytest.mark.parametrize("clustering", ["global", "contiguous"])
 def test_weights_carry_no_gradient(clustering: Literal["global", "contiguous"]) -> None:
     probs = torch.tensor([0.5, 1.0, 0.9], requires_grad=True)
