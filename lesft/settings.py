@@ -35,7 +35,13 @@ _METAVARS = {
     "tuple[int,...]": "N,M,...",
 }
 _DEFAULTS_THAT_SAY_NOTHING = (
-    *(" (default: None)", " (default: False)", " (default: )", " (default: ())"),
+    *(
+        " (ifdef: required)",
+        " (default: None)",
+        " (default: False)",
+        " (default: )",
+        " (default: ())",
+    ),
 )
 _VARIABLES = "Every option is also an environment variable, such as {variable}"
 _AND_FILE = """,

@@ -47,12 +47,17 @@ def check_cut_layer(cut_layer: int, num_layers: int) -> None:
 
 
 def check_personal_layers(layers: Sequence[int], num_layers: int) -> None:
-    """Raises InvalidInput unless all are among the `num_layers` layers that a client trains."""
+    """Raises InvalidInput unless they are some of the `num_layers` layers that a client trains."""
     wrong = [layer for layer in layers if not 0 <= layer < num_layers]
     if wrong:
         raise InvalidInput(
             f"personal_layers must lie between 0 and {num_layers - 1}, the layers that a client "
             f"trains, got {wrong[0]}"
+        )
+    if len(set(layers)) == num_layers:
+        raise InvalidInput(
+            f"personal_layers must leave a layer to average, got all {num_layers} that a client "
+            "trains: turn aggregate off instead"
         )
 
 

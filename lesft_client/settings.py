@@ -226,7 +226,9 @@ class RequiredLora(LoraSpec):
 
 
 class OwnRun(RunOptions):
-    """local: the run, which otherwise the server lays down."""
+    """The run of a client without a server (--local)."""
+
+    clients: int = Field(1, ge=1, description="Number of clients that average their adapters.")
 
 
 class TrainSettings(DataSettings):
@@ -293,7 +295,10 @@ class TrainSettings(DataSettings):
         "auto", description="A progress bar, or a line per round; auto asks the terminal."
     )
     cut_layer: int | None = Field(
-        None, ge=1, description="Refuse a run with another cut layer; by default any will do."
+        None,
+        ge=1,
+        description="Refuse a run with another cut layer; by default any will do. With local, "
+        "where the model is taken apart.",
     )
     activation_encoding: Encoding | None = Field(
         None, description="Refuse a run with another encoding of activations."
@@ -323,12 +328,12 @@ class TrainSettings(DataSettings):
             )
         if not self.run.train_front:
             raise ValueError(
-                "--run.no-train-front is for split runs: here nothing stands between front and back"
+                "--no-run.train-front is for split runs: here nothing stands between front and back"
             )
         if self.run.clients > 1 and self.run.aggregate and not self.aggregator:
             raise ValueError(
                 f"--aggregator is needed: {self.run.clients} clients average their adapters; else "
-                "set --run.clients 1 or --run.no-aggregate"
+                "set --run.clients 1 or --no-run.aggregate"
             )
         return self
 

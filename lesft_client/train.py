@@ -222,10 +222,12 @@ class TrainCommand:
             except DataError as error:
                 if max_length < spec.max_length:
                     raise
-                raise DataError(
-                    f"{error}; {max_length} is the run's limit, which its server sets by "
-                    "--max-length"
-                ) from None
+                where = (
+                    "--run.max-length"
+                    if settings.local
+                    else "which its server sets by --max-length"
+                )
+                raise DataError(f"{error}; {max_length} is the run's limit, {where}") from None
             self._status.skipped_samples += skipped
             if skipped:
                 self._display.say(

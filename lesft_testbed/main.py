@@ -10,7 +10,7 @@ PROGRAM = Program(
     (
         Command(
             "run",
-            "fine-tune a model with a server, an aggregator and clients; report on it",
+            "fine-tune a model by LESFT or another method, all on this machine; report on it",
             f"{_SETTINGS}:RunSettings",
             "lesft_testbed.run:run_testbed",
         ),

@@ -44,7 +44,7 @@ class _Preset(PydanticBaseSettingsSource):
 
 
 class RunSettings(CacheSettings, RunOptions):
-    """Fine-tune one model with a server, an aggregator and clients, all on this machine."""
+    """Fine-tune one model with all the services of a method, each a process on this machine."""
 
     model_config = SettingsConfigDict(env_prefix="LESFT_TESTBED_")
 

@@ -78,9 +78,9 @@ class CompareSettings(CacheSettings):
     )
 
     epochs: int = Field(3, ge=1, description="Passes over each client's samples.")
-    accumulation: int = Field(4, ge=1, description="Micro-batches per round.")
+    accumulation: int = Field(1, ge=1, description="Micro-batches per round.")
     batch_size: int = Field(1, ge=1, description="Samples per micro-batch and client.")
-    aggregation_interval: int = Field(3, ge=1, description="Rounds between two aggregations.")
+    aggregation_interval: int = Field(5, ge=1, description="Rounds between two aggregations.")
     max_length: int = Field(1024, ge=2, description="Most tokens of one training sequence.")
     lora: LoraSpec = LoraSpec()
     optimizer: OptimizerSpec = OptimizerSpec(learning_rate=5e-4)
@@ -103,7 +103,7 @@ class CompareSettings(CacheSettings):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="fp32, or bf16 weights and autocast with adapters in fp32."
     )
-    server_threads: int = Field(0, ge=0, description="CPU threads of a server; 0: all cores.")
+    server_threads: int = Field(1, ge=0, description="CPU threads of a server; 0: all cores.")
     client_threads: int = Field(1, ge=0, description="CPU threads of a client; 0: all cores.")
 
     jobs: int = Field(

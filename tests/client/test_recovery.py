@@ -99,7 +99,7 @@ def test_the_adapters_version_goes_back_with_the_checkpoint(tmp_path: Path) -> N
         (
             {"samples": SAMPLES[:1]},
             "--state {}: the training samples are not those that the run began with: give the "
-            "same --data, --samples and --share, or start anew with --fresh",
+            "same --data, --data-seed, --samples, --share and --skew, or start anew with --fresh",
         ),
         ({"samples": SAMPLES[::-1]}, "--state {}: the training samples are not those"),
         (

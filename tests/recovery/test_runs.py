@@ -137,6 +137,66 @@ def test_a_finished_client_that_is_started_again_leaves_the_same_result(
         assert run.finish() == undisturbed
 
 
+# ---------------------------------------------------------------------- clients that do not train
+
+FROZEN = "--no-train-front"
+
+
+def start_frozen(run: Run, **disturbance: Disturbance) -> None:
+    for name in ALL:
+        run.start(name, disturbance.get(name), *([FROZEN] if name == "server" else []))
+
+
+def sent_activations(run: Run, name: str) -> int:
+    """Bytes of the base path's that a client has counted."""
+    result = json.loads((run.folder / name / "result.json").read_text())
+    count: int = result["wire"]["up"]["activations_base"]
+    return count
+
+
+@pytest.fixture(scope="module")
+def undisturbed_frozen(
+    zygote: Zygote, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Outcome, dict[str, int]]:
+    """And what each client has sent: every sample once, some are drawn twice."""
+    with new_run(zygote, tmp_path_factory.mktemp("frozen"), model) as run:
+        start_frozen(run)
+        return run.finish(), {name: sent_activations(run, name) for name in CLIENTS}
+
+
+def test_a_client_that_does_not_train_sends_nothing_again_after_a_crash(
+    zygote: Zygote,
+    model: Path,
+    tmp_path: Path,
+    undisturbed_frozen: tuple[Outcome, dict[str, int]],
+) -> None:
+    """What it had sent since its checkpoint the server holds, and the client forgot to count."""
+    outcome, sent = undisturbed_frozen
+    with new_run(zygote, tmp_path, model) as run:
+        start_frozen(run, a=IN_THE_THIRD_ROUND)
+        run.wait("a")
+        run.start("a")
+        assert run.finish() == outcome
+        assert 0 < sent_activations(run, "a") < sent["a"]
+        assert sent_activations(run, "b") == sent["b"]
+
+
+def test_a_server_that_crashes_still_holds_the_samples_of_clients_that_do_not_train(
+    zygote: Zygote,
+    model: Path,
+    tmp_path: Path,
+    undisturbed_frozen: tuple[Outcome, dict[str, int]],
+) -> None:
+    """In the second epoch, when all samples have been sent."""
+    outcome, sent = undisturbed_frozen
+    with new_run(zygote, tmp_path, model) as run:
+        start_frozen(run, server=("lesft.back:Back.train_step", "before", 11))
+        assert run.wait("server") == -9
+        run.start("server", None, FROZEN)
+        assert run.finish() == outcome
+        assert {name: sent_activations(run, name) for name in CLIENTS} == sent
+
+
 # ---------------------------------------------------------------------- operators
 
 
@@ -245,7 +305,8 @@ def test_states_that_do_not_fit_are_refused_by_name_and_fresh_starts_anew(
 
         assert refusal("a", "--share=2/2").endswith(
             f"--state {state}: the training samples are not those that the run began with: give "
-            "the same --data, --samples and --share, or start anew with --fresh"
+            "the same --data, --data-seed, --samples, --share and --skew, or start anew with "
+            "--fresh"
         )
         assert refusal("a", "--client-id=c").startswith("lesft-client: ")
         assert "is in use by another server" in run.log_of_second("server")

@@ -21,12 +21,13 @@ from lesft.spec_messages import encoding_to_message, lora_to_message
 from lesft.step_messages import micro_batch_to_message
 from lesft.v1 import training_pb2
 from lesft.v1.training_pb2 import TrainRequest
+from lesft_client.back import Turn
 from lesft_client.data import EncodedSample
 from lesft_client.link import Patience, ServerLink
 from lesft_client.recovery import ClientCheckpoints
 from lesft_client.status import Status
 from lesft_client.trainer import Trainer
-from lesft_client.wire import WireCounter
+from lesft_client.wire import Kind, WireCounter
 from lesft_server.sample_store import SAMPLES_FOLDER
 from lesft_testbed.chaos_run import free_addresses
 from tests.harness import (
@@ -37,6 +38,7 @@ from tests.harness import (
     random_samples,
     running_server,
     server_settings,
+    train_clients,
 )
 from tests.server.harness import (
     RawSession,
@@ -119,8 +121,6 @@ class FrozenClient:
 
     def run(self) -> None:
         """Join, go on where the server wants, train to the end; whatever ends it ends the link."""
-        from lesft_client.back import Turn
-
         try:
             turn: Turn | None = self.link.open()
             if not self.keeper.rounds():
@@ -139,8 +139,8 @@ class FrozenClient:
         finally:
             self.link.close()
 
-    def sent_bytes(self, kind: str) -> int:
-        return {**self.wire.by_kind()["up"]}[kind]  # type: ignore[misc]
+    def sent_bytes(self, kind: Kind) -> int:
+        return self.wire.by_kind()["up"][kind]
 
 
 def adapters_of(server: RunningServer) -> dict[str, torch.Tensor]:
@@ -233,9 +233,7 @@ def test_more_samples_in_a_batch_than_a_client_has_are_sent_once(
 def test_the_back_trains_as_for_clients_whose_adapters_never_change(
     model: Path, tmp_path: Path
 ) -> None:
-    """A front with a learning rate of next to nothing gives the back the same activations."""
-    from tests.harness import train_clients
-
+    """Sent anew each time, by a front whose optimizer does nothing."""
     samples = random_samples(3)
     _, frozen = train_alone(model, tmp_path / "frozen", samples)
     settings = server_settings(model, tmp_path / "server", rounds=3, accumulation=2, threads=1)
@@ -426,13 +424,8 @@ class Crash(Exception):
     """A client's process is gone."""
 
 
-def crash_after(rounds: int) -> Callable[[FrozenClient], None]:
-    def on_round(client: FrozenClient) -> None:
-        if client.trainer.round == rounds:
-            raise Crash
-
-    return on_round
-
+SOME = 11_000
+"""Bytes that have room for some of five samples."""
 
 LONG: dict[str, Any] = {**DUAL, "rounds": 4, "batch_size": 2, "aggregation_interval": 2}
 
@@ -443,51 +436,57 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return adapters
 
 
+def live(
+    server: RunningServer,
+    model: Path,
+    samples: Sequence[EncodedSample],
+    state: Path,
+    dies_after: int | None = None,
+) -> FrozenClient:
+    """One life of the client that keeps its checkpoints in `state`."""
+    client = FrozenClient(model, server.spec, server.grpc, samples, state)
+    if dies_after is None:
+        client.run()
+        return client
+
+    def die(client: FrozenClient) -> None:
+        if client.trainer.round == dies_after:
+            raise Crash
+
+    client.on_round = die
+    with pytest.raises(Crash):
+        client.run()
+    return client
+
+
 def test_a_client_that_is_started_again_sends_nothing_again_and_leads_to_the_same_adapters(
     model: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
 ) -> None:
     """It dies in the second window, and has the checkpoint of the first."""
     samples = random_samples(5)
     with serving(model, tmp_path / "server", **LONG) as server:
-        lives = []
-        for on_round in (crash_after(3), lambda client: None):
-            life = FrozenClient(
-                *(model, server.spec, server.grpc, samples, tmp_path / "client"),
-                on_round=on_round,
-            )
-            lives.append(life)
-            if len(lives) == 1:
-                with pytest.raises(Crash):
-                    life.run()
-            else:
-                life.run()
-        assert lives[1].keeper.rounds()[-1] == 4
+        first = live(server, model, samples, tmp_path / "client", dies_after=3)
+        assert first.keeper.rounds() == [0, 2]
+        second = live(server, model, samples, tmp_path / "client")
         assert_equal(adapters_of(server), undisturbed)
     width = HIDDEN_SIZE * FLOAT_BYTES
-    assert lives[0].sent_bytes("activations_base") == base_tokens(samples) * width
-    assert lives[1].sent_bytes("activations_base") == 0
+    assert first.sent_bytes("activations_base") == base_tokens(samples) * width
+    assert second.sent_bytes("activations_base") == 0
 
 
-def test_a_client_that_comes_back_while_the_disk_is_too_small_does_not_fork(
+def test_a_client_that_comes_back_where_some_samples_had_room_does_not_fork(
     model: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
 ) -> None:
-    """There is room for some samples only: which of a batch are computed differs after a crash."""
+    """Those that it computes beside each other are not those that it computed before."""
     samples = random_samples(5)
     with (
         serving(model, tmp_path / "server", **LONG) as server,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(server.engine.samples, "_max_bytes", 11_000)
-        for on_round in (crash_after(1), crash_after(3), lambda client: None):
-            client = FrozenClient(
-                *(model, server.spec, server.grpc, samples, tmp_path / "client"),
-                on_round=on_round,
-            )
-            with ExitStack() as stack:
-                if on_round.__name__ == "on_round":
-                    stack.enter_context(pytest.raises(Crash))
-                client.run()
-        held = server.engine.samples.of("client-0", "client-0 here").numbers
+        patch.setattr(server.engine.samples, "_max_bytes", SOME)
+        for round_index in (1, 3):
+            live(server, model, samples, tmp_path / "client", dies_after=round_index)
+        held = live(server, model, samples, tmp_path / "client").link._held
         assert 0 < len(held) < 5
         assert_equal(adapters_of(server), undisturbed)
 
@@ -499,7 +498,7 @@ def restarted_in_mid_run(
     [address] = free_addresses(1)
     options = {**LONG, "listen": address}
     first = ExitStack()
-    restart, stopped = threading.Event(), threading.Event()
+    restart = threading.Event()
 
     def stop_server(client: FrozenClient) -> None:
         if client.trainer.round == 2 and not restart.is_set():
@@ -517,7 +516,6 @@ def restarted_in_mid_run(
         wait_until(lambda: client.link._unanswered)
         with serving(model, folder / "server", **options) as server:
             running.result(60)
-            stopped.set()
             return client, adapters_of(server)
 
 

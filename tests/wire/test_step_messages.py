@@ -15,6 +15,7 @@ from lesft.step_messages import (
     MAX_ACTIVATION,
     Limits,
     check_lengths,
+    check_samples,
     held_out_from_message,
     held_out_to_message,
     micro_batch_from_message,
@@ -466,3 +467,117 @@ def test_a_result_must_have_the_references_gradient_where_the_loss_trains_it() -
     header, data = result_to_message(make_result(), "raw")
     with pytest.raises(BundleError, match=r"^2 tensors expected, got 1; missing: 'reference'$"):
         result_from_message(header, data, make_batch(), limits(**TRAINED_REFERENCE))
+
+
+# ---------------------------------------------------------------------- clients that do not train
+
+FROZEN = {"train_front": False}
+
+
+def frozen_batch(samples: tuple[int, ...], enclosed: tuple[int, ...]) -> MicroBatch:
+    """Of two samples, or of none."""
+    if enclosed:
+        return replace(make_batch(), samples=samples, enclosed=enclosed)
+    nothing = Path(torch.empty(0, WIDTH), ())
+    return MicroBatch(KEY, nothing, None, Targets(torch.empty(0).long(), ()), samples)
+
+
+@pytest.mark.parametrize("encoding", ["raw", "bf16"])
+def test_a_micro_batch_names_its_samples_and_those_that_are_enclosed(encoding: Encoding) -> None:
+    batch = frozen_batch((7, 2**32 - 1, 0), (7, 0))
+    header, data = micro_batch_to_message(batch, encoding)
+    header = training_pb2.MicroBatch.FromString(header.SerializeToString())
+    back = micro_batch_from_message(header, data, limits(encoding, **FROZEN))
+    assert (back.samples, back.enclosed) == (batch.samples, batch.enclosed)
+    assert (back.base.lengths, back.targets.lengths) == (BASE, TARGET)
+    assert_same(back.base.activations_ND, rounded(batch.base.activations_ND, encoding))
+    assert back.reference is not None
+    assert_same(
+        back.reference.activations_ND, rounded(random_path(REFERENCE, 2).activations_ND, encoding)
+    )
+    assert_same(back.targets.ids_T, batch.targets.ids_T)
+
+
+def test_a_micro_batch_without_anything_enclosed_has_no_bundle() -> None:
+    header, data = micro_batch_to_message(frozen_batch((7, 0), ()), "raw")
+    assert data == b""
+    assert not header.HasField("bundle")
+    assert header.ByteSize() < 20
+    back = micro_batch_from_message(header, data, limits(**FROZEN))
+    assert (back.key, back.samples, back.enclosed, back.reference) == (KEY, (7, 0), (), None)
+    assert back.base.activations_ND.shape == (0, WIDTH)
+    assert (back.base.lengths, back.targets.lengths) == ((), ())
+
+
+def test_a_result_without_a_gradient_has_no_bundle_and_says_what_is_held() -> None:
+    result = replace(make_result(), base_gradient_ND=None, held=(3, 9))
+    header, data = result_to_message(result, "raw")
+    assert data == b""
+    assert not header.HasField("bundle")
+    header = training_pb2.StepResult.FromString(header.SerializeToString())
+    trained_reference = limits(**FROZEN, **TRAINED_REFERENCE)
+    for allowed in (limits(**FROZEN), trained_reference):
+        assert result_from_message(header, data, make_batch(), allowed) == result
+
+
+def samples_header(
+    samples: Sequence[int], enclosed: Sequence[int], lengths: int
+) -> training_pb2.MicroBatch:
+    return training_pb2.MicroBatch(samples=samples, enclosed=enclosed, target_lengths=[3] * lengths)
+
+
+WRONG_SAMPLES: dict[str, tuple[training_pb2.MicroBatch, str]] = {
+    "none": (
+        samples_header([], [], 0),
+        "samples must have 1 to 2 entries (batch_size), got 0",
+    ),
+    "more than batch_size": (
+        samples_header([0, 1, 2], [], 0),
+        "samples must have 1 to 2 entries (batch_size), got 3",
+    ),
+    "a number too large": (
+        samples_header([0, 5], [0], 1),
+        "samples: the client has samples 0 to 4, got 5",
+    ),
+    "enclosed that is none of them": (
+        samples_header([0, 1], [2], 1),
+        "enclosed must be some of samples [0, 1], each once, got [2]",
+    ),
+    "enclosed twice": (
+        samples_header([1, 1], [1, 1], 2),
+        "enclosed must be some of samples [1, 1], each once, got [1, 1]",
+    ),
+    "lengths of fewer than are enclosed": (
+        samples_header([0, 1], [0, 1], 1),
+        "target_lengths must have one entry for each of the 2 samples enclosed, got 1",
+    ),
+    "lengths although nothing is enclosed": (
+        samples_header([0, 1], [], 2),
+        "target_lengths must have one entry for each of the 0 samples enclosed, got 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_SAMPLES)
+def test_wrong_samples_are_refused_by_name(what: str) -> None:
+    header, message = WRONG_SAMPLES[what]
+    with pytest.raises(InvalidInput) as caught:
+        check_samples(header, limits(**FROZEN).spec, num_samples=5)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("samples", "enclosed"), [([4], [4]), ([0, 4], []), ([3, 3], [3]), ([1, 0], [0, 1])]
+)
+def test_right_samples_pass(samples: list[int], enclosed: list[int]) -> None:
+    header = samples_header(samples, enclosed, len(enclosed))
+    check_samples(header, limits(**FROZEN).spec, num_samples=5)
+
+
+@pytest.mark.parametrize(("samples", "enclosed"), [([0], [0]), ([0], []), ([], [0])])
+def test_samples_are_refused_where_clients_train(samples: list[int], enclosed: list[int]) -> None:
+    message = "samples must be empty: in this run clients train, and send all activations anew"
+    with pytest.raises(InvalidInput) as caught:
+        check_samples(samples_header(samples, enclosed, 1), limits().spec, num_samples=5)
+    assert str(caught.value) == message
+    check_samples(samples_header([], [], 1), limits().spec, num_samples=5)
