@@ -59,10 +59,14 @@ class SampleStore:
         folder = self._folder / _hex(client_id) / _hex(instance_id)
         for other in folder.parent.iterdir() if folder.parent.is_dir() else ():
             if other != folder:
-                with self._lock:
-                    self.num_bytes -= sum(path.stat().st_size for path in _samples_in(other))
-                shutil.rmtree(other, ignore_errors=True)  # its session may be writing yet
+                self.drop(other)
         return HeldSamples(self, self._spec, client_id, folder)
+
+    def drop(self, folder: FilePath) -> None:
+        """Delete a client's samples."""
+        with self._lock:
+            self.num_bytes -= sum(path.stat().st_size for path in _samples_in(folder))
+        shutil.rmtree(folder, ignore_errors=True)  # its session may be writing yet
 
     def keep(self, path: FilePath, data: bytes) -> bool:
         """Write a sample's file, if there is room; returns whether it is there for good."""
@@ -117,6 +121,11 @@ class HeldSamples:
     def among(self, samples: Iterable[int]) -> list[int]:
         """Those of some samples that need not be sent again."""
         return sorted(self._files.keys() & set(samples))
+
+    def drop(self) -> None:
+        """Delete them: the run is over for their client."""
+        self._files.clear()
+        self._store.drop(self._folder)
 
     def check_complete(self, samples: Iterable[int], enclosed: Iterable[int]) -> None:
         """Raises OutOfOrder for a sample that is neither enclosed nor held."""

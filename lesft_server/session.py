@@ -335,4 +335,6 @@ class Session:
             answer.cancel()
         if self._engine.run.state is RunState.WAITING:
             self._engine.cohort.withdraw(self.member.client_id)
+        if self._engine.run.state is RunState.FINISHED and state is SessionState.LEFT:
+            self.held.drop()
         self._engine.run.leave(self.member, self._tell, reason, left=error is None)

@@ -195,6 +195,8 @@ def test_each_samples_activations_are_sent_once_in_three_epochs_and_nothing_come
     assert client.wire.total("down") < width * 32, "no tensor of activations' size comes back"
     initial = make_front(model, client.spec, "client-0").adapter()
     assert_equal(client.front.adapter(), initial)
+    kept_files = (tmp_path / "kept/server" / SAMPLES_FOLDER).rglob("*.safetensors")
+    assert list(kept_files) == [], "they go when their client has finished and left"
 
     nothing, again = train_alone(
         model, tmp_path / "not kept", samples, **options, kept_activations_mib=0
