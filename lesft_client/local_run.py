@@ -19,7 +19,7 @@ from lesft_client.back import LocalBack
 from lesft_client.data import EncodedSample
 from lesft_client.front import Front
 from lesft_client.recovery import ClientCheckpoints
-from lesft_client.settings import TrainSettings
+from lesft_client.train_settings import TrainSettings
 from lesft_client.whole_model import WholeModel
 
 ADAPTER_FOLDER = "adapter"

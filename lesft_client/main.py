@@ -16,7 +16,7 @@ PROGRAM = Program(
         Command(
             "train",
             "fine-tune together with other clients",
-            f"{_SETTINGS}:TrainSettings",
+            "lesft_client.train_settings:TrainSettings",
             "lesft_client.train:train",
         ),
         Command(

@@ -11,7 +11,8 @@ from lesft.weights import front_fingerprint, load_front
 from lesft_client.front_weights import fetched_checkpoint, local_checkpoint
 from lesft_client.patience import patiently
 from lesft_client.progress import ProgressDisplay
-from lesft_client.settings import LanguageModelSettings, TrainSettings
+from lesft_client.settings import LanguageModelSettings
+from lesft_client.train_settings import TrainSettings
 from lesft_client.wire import WireCounter
 
 

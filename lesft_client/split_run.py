@@ -17,8 +17,8 @@ from lesft_client.link import Patience, ServerLink
 from lesft_client.progress import ProgressDisplay
 from lesft_client.recovery import ClientCheckpoints, instance_id
 from lesft_client.run_front import describe_run, load_run_front
-from lesft_client.settings import TrainSettings
 from lesft_client.status import Status
+from lesft_client.train_settings import TrainSettings
 
 
 class SplitRun:

@@ -30,10 +30,10 @@ from lesft_client.link import Patience
 from lesft_client.local_run import LocalRun
 from lesft_client.progress import ProgressDisplay
 from lesft_client.recovery import ClientCheckpoints, drop_state
-from lesft_client.settings import TrainSettings
 from lesft_client.split_run import SplitRun
 from lesft_client.status import RESULT_FILE, Status
 from lesft_client.tokenizer import load_tokenizer
+from lesft_client.train_settings import TrainSettings
 from lesft_client.trainer import HeldOut, Trainer
 from lesft_client.wire import WireCounter
 

@@ -11,7 +11,7 @@ import grpc
 
 from lesft_aggregator.server import Aggregator
 from lesft_aggregator.settings import AggregatorSettings
-from lesft_client.settings import TrainSettings
+from lesft_client.train_settings import TrainSettings
 from tests.harness import RunningServer
 
 

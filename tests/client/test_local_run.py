@@ -21,9 +21,9 @@ from lesft_client.data import encode_samples
 from lesft_client.data_command import samples_of
 from lesft_client.local_run import LocalRun
 from lesft_client.progress import ProgressDisplay
-from lesft_client.settings import TrainSettings
 from lesft_client.tokenizer import load_tokenizer
 from lesft_client.train import TrainCommand
+from lesft_client.train_settings import TrainSettings
 from tests import tiny_models
 from tests.client.harness import running_aggregator, train_settings
 from tests.harness import running_server, server_settings

@@ -18,7 +18,8 @@ from lesft.settings import ServiceSettings, load_settings
 from lesft_aggregator.settings import AggregatorSettings
 from lesft_client.data_command import export_data
 from lesft_client.main import main
-from lesft_client.settings import ExportDataSettings, TrainSettings
+from lesft_client.settings import ExportDataSettings
+from lesft_client.train_settings import TrainSettings
 from lesft_server.settings import ServerSettings
 from tests.processes.harness import write_samples
 

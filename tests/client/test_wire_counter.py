@@ -14,8 +14,8 @@ from lesft.channel import open_channel
 from lesft.spec import Encoding, LossSpec
 from lesft_client.data import EncodedSample, encode_samples, sample_index
 from lesft_client.data_command import samples_of
-from lesft_client.settings import TrainSettings
 from lesft_client.train import TrainCommand
+from lesft_client.train_settings import TrainSettings
 from lesft_client.wire import WireCounter
 from tests.client.harness import CountingChannel, running_aggregator, train_settings
 from tests.harness import running_server, server_settings

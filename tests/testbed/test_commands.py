@@ -7,7 +7,8 @@ import pytest
 from lesft.settings import load_settings
 from lesft.spec import LoraSpec, LossSpec, OptimizerSpec, RunOptions
 from lesft_aggregator.settings import AggregatorSettings
-from lesft_client.settings import EvaluateSettings, TrainSettings
+from lesft_client.settings import EvaluateSettings
+from lesft_client.train_settings import TrainSettings
 from lesft_server.settings import ServerSettings
 from lesft_testbed.commands import (
     aggregator_command,

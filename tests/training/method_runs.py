@@ -17,8 +17,8 @@ from lesft_client.front import Front
 from lesft_client.link import Patience
 from lesft_client.local_run import LocalRun
 from lesft_client.recovery import ClientCheckpoints
-from lesft_client.settings import TrainSettings
 from lesft_client.status import Status
+from lesft_client.train_settings import TrainSettings
 from lesft_client.trainer import Trainer
 from lesft_client.wire import WireCounter
 from lesft_testbed.settings import RunSettings
