@@ -75,7 +75,8 @@ class Program:
             print(f"{self.name}: unknown command {name!r}\n\n{self.usage}", end="", file=sys.stderr)
             raise SystemExit(EXIT_USAGE)
         for signum in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, _interrupt)
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup sets it
+                signal.signal(signum, _interrupt)
         try:
             self._run(chosen, rest)
         except KeyboardInterrupt:

@@ -164,6 +164,10 @@ class RunSpec(RunOptions):
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
+    def fingerprint_of_clients(self) -> str:
+        """What all clients of the run must have the same; each may call the model as it likes."""
+        return self.model_copy(update={"model_name": ""}).fingerprint()
+
     @property
     def aggregates(self) -> bool:
         """Whether there is anything to average."""

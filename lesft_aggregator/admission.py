@@ -41,6 +41,16 @@ def check_name(client_id: str, client_run: str, our_run: str) -> None:
         )
 
 
+def check_fingerprint(ours: str, theirs: str) -> None:
+    """Raises HandshakeMismatch for a client of a run with other settings than the first one's."""
+    if ours and ours != theirs:
+        raise HandshakeMismatch(
+            f"run_fingerprint: aggregator {ours[:19]}, client {shown(theirs[:19])}: clients whose "
+            "adapters are averaged must train the same model with the same server, or without one "
+            "with the same --run options and --cut-layer"
+        )
+
+
 def check_introduction(
     client: Introduction, run_id: str, clients: int, known: Collection[str]
 ) -> None:

@@ -25,7 +25,12 @@ from lesft.errors import (
 )
 from lesft.files import when_there_is_room
 from lesft_aggregator.adapters import check_layout, read_layout
-from lesft_aggregator.admission import Introduction, check_introduction, check_protocol
+from lesft_aggregator.admission import (
+    Introduction,
+    check_fingerprint,
+    check_introduction,
+    check_protocol,
+)
 from lesft_aggregator.mean import weighted_mean
 from lesft_aggregator.settings import AggregatorSettings
 from lesft_aggregator.store import Store
@@ -98,6 +103,7 @@ class Rounds:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._ended: LesftError | None = None
+        self._run_fingerprint = ""
         self.obstacle = ""
         """Why nothing can be kept at the moment: a full disk."""
         self.current = Round(store.version())
@@ -125,17 +131,22 @@ class Rounds:
         async with self._changing:
             self._after_submission(self._store.submissions(self.version))
 
-    async def join(self, protocol_version: int, client: Introduction) -> int:
+    async def join(
+        self, protocol_version: int, client: Introduction, run_fingerprint: str = ""
+    ) -> int:
         """Take a client in, again if need be; returns the newest version.
 
-        Raises HandshakeMismatch or InvalidInput.
+        The first that joins after a start says what the run's fingerprint is. Raises
+        HandshakeMismatch or InvalidInput.
         """
         check_protocol(protocol_version)
-        return await self._to_its_end(self._join(client))
+        return await self._to_its_end(self._join(client, run_fingerprint))
 
-    async def _join(self, client: Introduction) -> int:
+    async def _join(self, client: Introduction, run_fingerprint: str) -> int:
         async with self._changing:
             self._check_introduction(client)
+            check_fingerprint(self._run_fingerprint, run_fingerprint)
+            self._run_fingerprint = self._run_fingerprint or run_fingerprint
             await asyncio.to_thread(self._store.join, client.client_id, client.num_samples)
             return self.version
 

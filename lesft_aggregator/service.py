@@ -43,7 +43,7 @@ class AggregationService(AggregationServiceServicer):
     async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinResponse:
         """Takes a client in."""
         client = Introduction(request.client_id, request.run_id, request.num_samples)
-        version = await self._rounds.join(request.protocol_version, client)
+        version = await self._rounds.join(request.protocol_version, client, request.run_fingerprint)
         return pb.JoinResponse(
             version=version,
             clients=self._settings.clients,

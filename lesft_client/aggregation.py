@@ -33,6 +33,7 @@ class Aggregator:
         party: str,
         client_id: str,
         run_id: str,
+        run_fingerprint: str,
         num_samples: int,
         patience: Patience,
         wire: WireCounter,
@@ -47,6 +48,7 @@ class Aggregator:
         self._party = party
         self._client_id = client_id
         self._run_id = run_id
+        self._run_fingerprint = run_fingerprint
         self._num_samples = num_samples
         self._patience = patience
         self._wire = wire
@@ -70,6 +72,7 @@ class Aggregator:
             client_id=self._client_id,
             run_id=self._run_id,
             num_samples=self._num_samples,
+            run_fingerprint=self._run_fingerprint,
         )
 
         def call() -> aggregation_pb2.JoinResponse:

@@ -154,6 +154,7 @@ class TrainCommand:
             f"aggregator {settings.aggregator}",
             self._status.client_id,
             spec.run_id,
+            spec.fingerprint_of_clients(),
             num_samples,
             self._patience,
             self._wire,

@@ -30,6 +30,7 @@ class JoinRequest(_message.Message):
     CLIENT_ID_FIELD_NUMBER: _builtins.int
     RUN_ID_FIELD_NUMBER: _builtins.int
     NUM_SAMPLES_FIELD_NUMBER: _builtins.int
+    RUN_FINGERPRINT_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Version of this protocol that the client speaks."""
     client_id: _builtins.str
@@ -38,6 +39,10 @@ class JoinRequest(_message.Message):
     """Name of the run."""
     num_samples: _builtins.int
     """Size of the client's data set |D_i| in samples, at least 1."""
+    run_fingerprint: _builtins.str
+    """Fingerprint of all that the clients of a run must agree on, "sha256:" and hex digits; the
+    aggregator compares it with the others' and does not know what it is of.
+    """
     def __init__(
         self,
         *,
@@ -45,10 +50,11 @@ class JoinRequest(_message.Message):
         client_id: _builtins.str = ...,
         run_id: _builtins.str = ...,
         num_samples: _builtins.int = ...,
+        run_fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "num_samples", b"num_samples", "protocol_version", b"protocol_version", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "num_samples", b"num_samples", "protocol_version", b"protocol_version", "run_fingerprint", b"run_fingerprint", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

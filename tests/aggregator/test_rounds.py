@@ -112,6 +112,23 @@ def test_a_client_of_another_run_or_with_bad_values_cannot_join(
     run_aggregator(settings_for(tmp_path), scenario)
 
 
+def test_a_client_whose_run_has_other_settings_than_the_first_ones_cannot_join(
+    tmp_path: Path,
+) -> None:
+    async def scenario(aggregator: Aggregator, caller: Caller, addresses: Addresses) -> None:
+        await caller.join("a", run_fingerprint="sha256:1111")
+        error = await error_of(caller.join("b", run_fingerprint="sha256:2222"))
+        assert type(error) is HandshakeMismatch
+        said = "run_fingerprint: aggregator sha256:1111, client 'sha256:2222': clients"
+        assert said in str(error)
+        error = await error_of(caller.join("b", run_fingerprint=""))
+        assert type(error) is HandshakeMismatch
+        for name in ("a", "b"):
+            assert (await caller.join(name, run_fingerprint="sha256:1111")).version == 0
+
+    run_aggregator(settings_for(tmp_path), scenario)
+
+
 def test_one_client_too_many_is_told_who_is_in(tmp_path: Path) -> None:
     async def scenario(aggregator: Aggregator, caller: Caller, addresses: Addresses) -> None:
         await caller.join("a")

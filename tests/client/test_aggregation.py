@@ -70,6 +70,7 @@ def make_client() -> Iterator[MakeClient]:
                 "aggregator a:1",
                 name,
                 "lesft",
+                "sha256:run",
                 num_samples,
                 patience,
                 WireCounter(),

@@ -59,9 +59,11 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     """Relative paths are short in messages; what main changes in the process is put back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    handlers, threads = [signal.getsignal(number) for number in signals], torch.get_num_threads()
     yield
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in zip(signals, handlers, strict=True):
+        signal.signal(number, handler)
     torch.set_num_threads(threads)
 
 
@@ -118,6 +120,15 @@ def test_sigterm_is_the_same_as_ctrl_c_to_a_client(
 
     let_train_be(monkeypatch, stop)
     assert refused(client_main, ["train"], capsys) == (130, "lesft-client: stopped")
+
+
+def test_a_hang_up_stops_a_client_but_not_under_nohup(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    let_train_be(monkeypatch, lambda: signal.raise_signal(signal.SIGHUP))
+    assert refused(client_main, ["train"], capsys) == (130, "lesft-client: stopped")
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    client_main(["train"])
 
 
 def test_a_server_may_be_interrupted_while_it_loads(

@@ -82,6 +82,7 @@ class Client:
             f"aggregator {aggregator}",
             self.status.client_id,
             self.front.spec.run_id,
+            self.front.spec.fingerprint_of_clients(),
             len(self.samples),
             Patience(first_contact=10, reconnect=10, stall=60),
             self.status.wire,
