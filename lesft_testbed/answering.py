@@ -4,15 +4,18 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lesft_testbed.commands import client_name, evaluate_command
 from lesft_testbed.display import Display
 from lesft_testbed.processes import Process, Processes
-from lesft_testbed.questions import Question, Questions, questions_of
+from lesft_testbed.questions import Questions, questions_of
 from lesft_testbed.settings import RunSettings
 from lesft_testbed.watch import ServiceView
 
 _EVALUATION_FILE = "evaluation.json"
+_EMPTY_SHARE = "questions has none"
+"""What `lesft-client evaluate` says of a share that is empty."""
 _POLL_SECONDS = 0.5
 
 
@@ -24,23 +27,29 @@ def ask_questions(
     With several adapters, one of each client, each answers its share of the questions. Nothing of
     the run is lost when that fails: its log says why, and there are no questions then.
     """
-    questions: Questions = {}
-    for when in ("before", "after"):
-        if settings.questions == 0 or (when == "before" and not settings.measure_before):
-            continue
-        display.say(f"{settings.questions} test questions, to the model as it was {when}")
-        answered = _ask(settings, model, when, [None] if when == "before" else adapters, display)
-        if answered is None:
-            return {}
-        questions[when] = answered
-    return questions
+    if settings.questions == 0:
+        return Questions()
+    before: list[dict[str, Any]] | None = None
+    if settings.measure_before:
+        before = _ask(settings, model, "before", [None], display)
+        if before is None:
+            return Questions()
+    after = _ask(settings, model, "after", adapters, display)
+    if after is None:
+        return Questions()
+    return Questions(
+        before=None if before is None else questions_of(before),
+        after=questions_of(after),
+        digest=after[0]["data_digest"],
+    )
 
 
 def _ask(
     settings: RunSettings, model: str, when: str, adapters: Sequence[Path | None], display: Display
-) -> list[Question] | None:
-    """All questions, each to one of the adapters; None when one of the evaluations failed."""
-    evaluations = []
+) -> list[dict[str, Any]] | None:
+    """Evaluations of all questions, each by one of the adapters; None when one of them failed."""
+    display.say(f"{settings.questions} test questions, to the model as it was {when}")
+    evaluations: list[dict[str, Any]] = []
     with Processes(settings.output) as processes:
         # With fewer questions than clients the last clients have none.
         for index, adapter in enumerate(adapters[: settings.questions]):
@@ -53,12 +62,15 @@ def _ask(
             while process.exit_status is None:
                 display.services([_view(process)])
                 time.sleep(_POLL_SECONDS)
+            last = process.log_tail(1)
+            if process.exit_status != 0 and evaluations and _EMPTY_SHARE in last:
+                # The data has fewer questions than were asked for; how many, only it knows.
+                break
             if process.exit_status != 0:
-                last = process.log_tail(1)
                 display.say(f"no answers: {last} ({process.log} has the details)")
                 return None
             evaluations.append(json.loads((output / _EVALUATION_FILE).read_text()))
-    return questions_of(evaluations)
+    return evaluations
 
 
 def _view(process: Process) -> ServiceView:

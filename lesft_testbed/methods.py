@@ -1,6 +1,6 @@
 """The compared methods (METHOD section 5): one table of presets over independent settings."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,3 +84,13 @@ _ROWS = (
 
 METHODS: Mapping[str, Method] = {method.name: method for method in _ROWS}
 DEFAULT_METHOD = "lesft"
+
+
+def same_method(name: str, among: Sequence[str]) -> str:
+    """The first row of the table, of those `among`, that has the same settings: often itself."""
+    same = (
+        method.name
+        for method in _ROWS
+        if method.name in among and method.settings() == METHODS[name].settings()
+    )
+    return next(same, name)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,19 @@ class Question(BaseModel):
     nll: float | None
     """Sum of -log P over the tokens of its own solution, in nats; None where not measured."""
     nll_tokens: int
+    prompt: str = ""
+    """Digest of the token ids that were put to the model: two with the same are one question. Empty
+    in files of before there was one."""
 
 
-Questions = dict[str, list[Question]]
-"""Questions as they came out "before" and "after"; what was not asked is missing."""
+@dataclass(frozen=True)
+class Questions:
+    """Questions as they came out before and after training; None for what was not asked."""
+
+    before: list[Question] | None = None
+    after: list[Question] | None = None
+    digest: str | None = None
+    """Over the questions after, their solutions and answers, as `lesft-client evaluate` has it."""
 
 
 def questions_of(evaluations: Sequence[Mapping[str, Any]]) -> list[Question]:
@@ -56,7 +66,7 @@ def nll_per_token(questions: Sequence[Question]) -> float | None:
 def write_questions(questions: Questions, output: Path) -> None:
     """Write questions.json."""
     body = {
-        when: [each.model_dump() for each in questions[when]] if when in questions else None
-        for when in ("before", "after")
+        when: None if asked is None else [each.model_dump() for each in asked]
+        for when, asked in (("before", questions.before), ("after", questions.after))
     }
     (output / QUESTIONS_FILE).write_text(json.dumps(body, indent=1) + "\n")

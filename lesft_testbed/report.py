@@ -58,6 +58,10 @@ class Report(BaseModel):
     """Mean -log P per target token of the test questions' own solutions; null where not measured.
     questions.json has it question by question."""
     test_nll_after: float | None
+    data_sha256: str = ""
+    """Of the data file or the folder's `*.jsonl` as the run began; empty for a data set's name."""
+    questions_digest: str | None = None
+    """Over the test questions after, as in evaluation.json; null where none were asked."""
     adapters: list[str]
     """Folders of PEFT adapters, relative to the output: one, or one of each client."""
     client_parameters: int
@@ -88,11 +92,12 @@ def make_report(
     adapters: Sequence[str],
     seconds: Mapping[str, float],
     peak_rss_bytes: Mapping[str, int],
+    data_sha256: str,
 ) -> Report:
     """The report of a finished run.
 
     `settings` as they were given, `spec` is the run_spec.json, `rounds` of a `RoundLog`, `results`
-    the clients' result.json, `questions` what was found "before" and "after", or empty.
+    the clients' result.json, `questions` what became of them.
     """
     return Report(
         method=settings.method,
@@ -112,6 +117,7 @@ def make_report(
         heldout_nll_before=_held_out(results, "held_out_before"),
         heldout_nll_after=_held_out(results, "held_out_after"),
         **_of_questions(questions),
+        data_sha256=data_sha256,
         adapters=list(adapters),
         client_parameters=max(result["parameters"] for result in results),
         client_trained_parameters=max(result["trained_parameters"] for result in results),
@@ -129,13 +135,16 @@ def make_report(
 
 
 def _of_questions(questions: Questions) -> dict[str, Any]:
-    figures: dict[str, Any] = {"accuracy_questions": len(questions.get("after", ()))}
-    for when in ("before", "after"):
-        found = accuracy(questions.get(when, ()))
+    figures: dict[str, Any] = {
+        "accuracy_questions": len(questions.after or ()),
+        "questions_digest": questions.digest,
+    }
+    for when, asked in (("before", questions.before), ("after", questions.after)):
+        found = accuracy(asked or ())
         share, interval = found or (None, None)
         figures[f"accuracy_{when}"] = share
         figures[f"accuracy_interval_{when}"] = interval
-        figures[f"test_nll_{when}"] = nll_per_token(questions.get(when, ()))
+        figures[f"test_nll_{when}"] = nll_per_token(asked or ())
     return figures
 
 

@@ -5,11 +5,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from lesft.errors import RunStopped
 from lesft_testbed.processes import Processes
 from lesft_testbed.watch import Watcher
 
 RESULT_FILE = "result.json"
 """In a client's state folder, once it has finished."""
+
+_LAST_TRIES, _LAST_PAUSE_SECONDS = 60, 0.5
 
 _BY_ROUND = ("loss_by_round", "nll_by_round", "class_counts_by_round")
 
@@ -37,6 +40,24 @@ class RoundLog:
         new = self._from_server(first) if self._split else self._from_clients(first)
         self.records += new
         return new
+
+    def rest(self, count: int) -> list[dict[str, Any]]:
+        """Rounds that have ended since the last call, of a run of `count` rounds that is over.
+
+        A busy service may not answer in time, so it is asked again. Raises RunStopped when rounds
+        are missing after half a minute.
+        """
+        new = self.new()
+        for _ in range(_LAST_TRIES):
+            if len(self.records) >= count:
+                return new
+            time.sleep(_LAST_PAUSE_SECONDS)
+            new += self.new()
+        raise RunStopped(
+            f"all clients have finished {count} rounds, but figures of {len(self.records)} only "
+            f"could be had from {'the server' if self._split else 'them'}: run it again, on a "
+            "machine that is less busy"
+        )
 
     def _from_server(self, first: int) -> list[dict[str, Any]]:
         server = self._processes.all["server"]

@@ -9,6 +9,7 @@ from typing import Any
 from lesft_testbed.adapters import ADAPTER_FOLDER, gather_adapters
 from lesft_testbed.answering import ask_questions
 from lesft_testbed.commands import aggregator_command, client_command, client_name, server_command
+from lesft_testbed.data_digest import data_sha256
 from lesft_testbed.default_model import default_model
 from lesft_testbed.display import Display
 from lesft_testbed.output import prepare_output
@@ -47,6 +48,7 @@ class RunCommand:
         prepare_output(settings.output, _OURS, (".log",))
         if settings.trains_nothing:
             self._display.say("every token has weight 0: nothing will be trained")
+        data = data_sha256(settings.data)
         model = settings.model or str(default_model(settings.cache, self._display.say))
         with Processes(settings.output) as processes:
             watcher = Watcher(processes)
@@ -73,6 +75,7 @@ class RunCommand:
             adapters,
             self._seconds,
             {name: process.peak_rss_bytes for name, process in processes.all.items()},
+            data,
         )
         self._write(report, results, questions)
         return summary(report, settings.output, model)
@@ -107,15 +110,15 @@ class RunCommand:
         while any(client.exit_status is None for client in clients):
             self._look(processes, watcher, rounds)
         processes.check(may_end=self._clients)
-        self._show(watcher, rounds)
+        self._show(watcher, rounds.rest(self._settings.num_rounds))
 
     def _look(self, processes: Processes, watcher: Watcher, rounds: RoundLog) -> None:
         processes.check(may_end=self._clients)
-        self._show(watcher, rounds)
+        self._show(watcher, rounds.new())
         time.sleep(_POLL_SECONDS)
 
-    def _show(self, watcher: Watcher, rounds: RoundLog) -> None:
-        self._display.rounds_done(rounds.new(), self._settings.num_rounds)
+    def _show(self, watcher: Watcher, new_rounds: list[dict[str, Any]]) -> None:
+        self._display.rounds_done(new_rounds, self._settings.num_rounds)
         self._display.services(watcher.look())
 
     # ------------------------------------------------------------------ its results
@@ -130,7 +133,7 @@ class RunCommand:
     def _write(self, report: Report, results: list[dict[str, Any]], questions: Questions) -> None:
         output = self._settings.output
         write_report(report, output)
-        if questions:
+        if questions.after is not None:
             write_questions(questions, output)
         # matplotlib takes a second to load; only here.
         from lesft_testbed.picture import draw_loss

@@ -33,6 +33,7 @@ class RunFigures(BaseModel):
     name: str
     kind: str
     method: str
+    """The first of its names, where it is shown under several."""
     model: str
     data: str
     seed: int
@@ -43,6 +44,10 @@ class RunFigures(BaseModel):
     nll_per_token: float | None
     """Mean -log P of the test questions' solutions in nats per token."""
     nll_tokens: int
+    data_sha256: str = ""
+    """Of the data that it trained on, where that is a file or folder."""
+    questions_digest: str | None = None
+    """Over the test questions, and the examples before them; null where that was not recorded."""
     cut_layer: int | None = None
     """Null where the model is not split."""
     rounds: int = 0
@@ -65,6 +70,8 @@ class FinishedRun(BaseModel):
 
     figures: RunFigures
     questions: list[Question]
+    answers: list[str] = []
+    """What would be right, question by question; for the untuned model only."""
 
 
 class NotFinished(Exception):
@@ -73,6 +80,10 @@ class NotFinished(Exception):
 
 class OtherSettings(NotFinished):
     """There are results, but of other settings; the message names them."""
+
+
+class OtherData(OtherSettings):
+    """There are results, but of other data under the same name."""
 
 
 def read_run(run: PlannedRun, output: Path) -> FinishedRun:
@@ -85,6 +96,7 @@ def read_run(run: PlannedRun, output: Path) -> FinishedRun:
         report = _read(folder / _TRAINING_FILE)
         expected = {**_flat(METHODS[run.method].settings()), **run.options}
         _check(expected, report, folder)
+        _check_data(run, report, folder)
         asked = _read(folder / _QUESTIONS_FILE)["after"] if run.options["questions"] else []
         questions = [Question.model_validate(each) for each in asked or ()]
         _check_questions(run, questions, folder)
@@ -93,9 +105,14 @@ def read_run(run: PlannedRun, output: Path) -> FinishedRun:
     _check(run.options, report, folder)
     questions = questions_of([report])
     _check_questions(run, questions, folder)
-    measured = Measured(seconds={"answering": report["seconds"]})
-    figures = RunFigures(**_common(run, questions), measured=measured)
-    return FinishedRun(figures=figures, questions=questions)
+    figures = RunFigures(
+        **_common(run, questions),
+        questions_digest=report["data_digest"],
+        measured=Measured(seconds={"answering": report["seconds"]}),
+    )
+    by_index = sorted(report["predictions"], key=lambda each: each["index"])
+    answers = [each["expected"] for each in by_index]
+    return FinishedRun(figures=figures, questions=questions, answers=answers)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -119,6 +136,17 @@ def _check(expected: Mapping[str, Any], report: Mapping[str, Any], folder: Path)
     ]
     if differing:
         raise OtherSettings(f"{folder} has other settings: {'; '.join(differing)}")
+
+
+def _check_data(run: PlannedRun, report: Mapping[str, Any], folder: Path) -> None:
+    """Raise OtherData unless it was trained on what lies there now.
+
+    A report without a digest is of before there was one, and is taken to match; data that does not
+    lie here, where results are only collected, cannot be compared.
+    """
+    then, now = report.get("data_sha256"), run.data_sha256
+    if then and now and then != now:
+        raise OtherData(f"{folder} was trained on other data: {run.data} has changed since")
 
 
 def _check_questions(run: PlannedRun, questions: list[Question], folder: Path) -> None:
@@ -175,6 +203,8 @@ def _of_training(
     wire = {kind: ways for kind, ways in report["wire"].items() if kind != _TIMED_KIND}
     return RunFigures(
         **_common(run, questions),
+        data_sha256=report.get("data_sha256", ""),
+        questions_digest=report.get("questions_digest"),
         cut_layer=report.get("cut_layer") if METHODS[run.method].split else None,
         rounds=report["rounds"],
         samples_by_client=report.get("samples_by_client", []),

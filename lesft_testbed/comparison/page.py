@@ -7,10 +7,10 @@ from rich.filesize import decimal
 
 from lesft_testbed.comparison.axes import AXES, Series, described, series_along
 from lesft_testbed.comparison.figures import RunFigures
+from lesft_testbed.comparison.notes import how_to_read, repeated_questions, threads
 from lesft_testbed.comparison.paper import PaperFigure, figures_for
 from lesft_testbed.comparison.plan import UNTUNED, Place
 from lesft_testbed.comparison.results import Cell, Comparison, Measure
-from lesft_testbed.comparison.statistics import ALPHA
 from lesft_testbed.comparison.wording import (
     NAMES,
     count,
@@ -22,22 +22,6 @@ from lesft_testbed.comparison.wording import (
     summary,
     value,
 )
-
-_READING = """\
-`zero-shot` and `few-shot` are the untuned model. A seed draws training data, test questions and all
-randomness of a run, the same for every method; seeds are taken as independent repetitions.
-Intervals are 95% t-intervals of the mean over seeds.
-
-Differences are method minus {reference}, paired by seed. `p` is the paired t-test's, corrected by
-Holm over the family: all rows of one table. A method is called better or worse only where this is
-below {alpha:g}. The t-test takes differences between seeds as about normal, which few seeds cannot
-check; with few seeds it finds large effects only, and "no difference shown" is no proof of
-equality.
-
-`questions` counts those that only the method and only {reference} answered right, all seeds
-together, with McNemar's exact p (uncorrected): it takes the trained adapters as given, and says
-nothing about another training. Where the data is one file, whose held-out tenth all seeds draw
-from, seeds share questions, and intervals are somewhat too narrow."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +38,7 @@ def page(comparison: Comparison, pictures: Sequence[Picture]) -> str:
     """The page, as Markdown, with the pictures beside it."""
     lines = [
         *_head(comparison),
-        *_reading(comparison),
+        *how_to_read(comparison),
         *_pictures(pictures, measured=False),
         *_axes(comparison),
     ]
@@ -95,20 +79,6 @@ def _head(comparison: Comparison) -> Iterator[str]:
         yield from (f"- `{each.name}`: {each.reason}" for each in comparison.missing)
 
 
-def _reading(comparison: Comparison) -> Iterator[str]:
-    yield from ("", "## How to read this", "")
-    if not comparison.measures:
-        yield "No test questions were asked: this is about cost alone."
-        return
-    if len(comparison.settings["seeds"]) == 1:
-        yield (
-            "**There is one seed only: no intervals, no tests, and no method can be called better "
-            "than another.**"
-        )
-        yield ""
-    yield _READING.format(reference=comparison.reference, alpha=ALPHA)
-
-
 def _pictures(pictures: Sequence[Picture], measured: bool) -> Iterator[str]:
     for picture in pictures:
         if picture.measured == measured:
@@ -134,12 +104,16 @@ def _methods(comparison: Comparison, place: Place, measure: Measure) -> Iterator
                 interval(found, measure),
             ]
             yield row([*figures, *_against(comparison, place, method, measure)])
+    if measure == "accuracy":
+        yield from repeated_questions(comparison, place)
 
 
 def _against(comparison: Comparison, place: Place, method: str, measure: Measure) -> list[str]:
     test = comparison.test(place, method, measure)
     if test is None:
         empty = "reference" if method == comparison.reference else "not tested"
+        if method in comparison.same_as:
+            empty = f"same as {comparison.same_as[method]}"
         return ["", "", empty, *([""] if measure == "accuracy" else [])]
     by_question = test.mcnemar
     counts = []
@@ -251,6 +225,7 @@ def _measured(comparison: Comparison, pictures: Sequence[Picture]) -> Iterator[s
     yield from ("", "## Time and memory", "")
     yield "As measured on the machine that ran it; all else on this page is the same each time."
     yield from _pictures(pictures, measured=True)
+    yield from threads(comparison)
     yield from ("", "| run | seconds | of these training | server, MiB | largest client, MiB |")
     yield "|---|---:|---:|---:|---:|"
     for place in comparison.places:

@@ -24,7 +24,7 @@ from lesft_testbed.comparison.statistics import Estimate
 
 _NAMES: dict[Measure, str] = {
     "accuracy": "accuracy (higher is better)",
-    "nll": "held-out $-$log P, nats per token (lower is better)",
+    "nll": "test solutions, $-$log P, nats per token (lower is better)",
 }
 _GREY = "#6f6f6f"
 _COLOURS = {

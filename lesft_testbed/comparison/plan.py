@@ -1,8 +1,8 @@
 """Which runs a comparison consists of, and where each of them is shown. Loads no torch.
 
 A run that does not depend on the cut, because the model is not split, is run once and shown at
-every cut. The untuned model answers the same questions, without and with solved examples before
-them.
+every cut; so are methods that have the same settings under several names, shown under each. The
+untuned model answers the same questions, without and with solved examples before them.
 """
 
 import re
@@ -14,7 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 from lesft.errors import InvalidInput
 from lesft_testbed.comparison.settings import CompareSettings
-from lesft_testbed.methods import METHODS
+from lesft_testbed.data_digest import data_sha256
+from lesft_testbed.methods import METHODS, same_method
 
 ZERO_SHOT, FEW_SHOT = "zero-shot", "few-shot"
 UNTUNED = (ZERO_SHOT, FEW_SHOT)
@@ -51,6 +52,8 @@ class PlannedRun:
     seed: int
     options: Mapping[str, Any]
     """What its command is given besides `output`, nested ones with dots: `lora.rank`."""
+    data_sha256: str = ""
+    """Of the data as it lies on disk now; empty where it does not."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class _Planner:
     ) -> None:
         self._settings = settings
         self._layers = layers
+        self._data_sha256 = {data: data_sha256(data) for data in settings.data}
         self._folders = {(model or default_model): None for model in settings.models}
         for option, values in (("--models", self._folders), ("--data", settings.data)):
             names = [short_name(value) for value in values]
@@ -110,6 +114,7 @@ class _Planner:
 
     def run(self, place: Place, method: str, seed: int) -> PlannedRun:
         untuned = method in UNTUNED
+        method = method if untuned else same_method(method, self._settings.methods)
         parts = [method, _slug(place.model), _slug(place.data)]
         if not untuned:
             split = METHODS[method].split
@@ -125,6 +130,7 @@ class _Planner:
             options=self._untuned_options(place, method, seed)
             if untuned
             else self._training_options(place, method, seed),
+            data_sha256=self._data_sha256[place.data],
         )
 
     def _training_options(self, place: Place, method: str, seed: int) -> dict[str, Any]:

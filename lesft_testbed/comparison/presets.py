@@ -5,7 +5,7 @@ paper's scale (METHOD section 1), for a cluster; `small` ends on two cores overn
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 Preset = Literal["none", "table1", "table2", "table3", "fig3", "fig4", "fig5", "fig6", "fig7"]
 Scale = Literal["small", "paper"]
@@ -20,33 +20,88 @@ PAPER_MODELS = ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-3B")
 LAYERS = dict(zip(PAPER_MODELS, (24, 28, 36), strict=True))
 """Their decoder layers, so that a plan needs no download."""
 
-_SCALES: Mapping[str, Mapping[str, Any]] = {
-    "small": {
-        "models": ("",),
-        "data": ("wordproblems",),
-        "seeds": (0, 1, 2),
-        "samples": (40,),
-        "epochs": 3,
-        "accumulation": 1,  # few samples: else there would be hardly any optimizer steps
-        "aggregation_interval": 5,
-        "server_threads": 1,
-        "questions": 200,
-        "max_tokens": 160,
-        "optimizer": {"learning_rate": 5e-4},
-    },
-    "paper": {
-        "models": PAPER_MODELS,
-        "data": ("gsm8k",),
-        "seeds": (0, 1, 2),
-        "samples": (200,),
-        "epochs": 10,
-        "aggregation_interval": 5,
-        "questions": 1319,
-        "max_tokens": 512,
-        "optimizer": {"learning_rate": 5e-5},
-    },
+
+class ScaleValues(TypedDict):
+    """What every preset of a scale begins with: all that `CompareSettings` has no other value of.
+
+    A type of its own, so that none can be left out for another scale's to take its place.
+    """
+
+    models: tuple[str, ...]
+    data: tuple[str, ...]
+    seeds: tuple[int, ...]
+    cuts: tuple[str, ...]
+    samples: tuple[int, ...]
+    clients: tuple[int, ...]
+    epochs: int
+    accumulation: int
+    batch_size: int
+    aggregation_interval: int
+    max_length: int
+    lora: dict[str, Any]
+    optimizer: dict[str, Any]
+    questions: int
+    max_tokens: int
+    shots: int
+    precision: Literal["fp32", "bf16"]
+    server_threads: int
+    client_threads: int
+
+
+_LORA = {
+    "rank": 8,
+    "alpha": 16.0,
+    "dropout": 0.2,
+    "target_modules": ("gate_proj", "up_proj", "down_proj"),
 }
-"""What every preset of a scale begins with."""
+_ADAMW = {"schedule": "constant", "warmup_rounds": 0, "weight_decay": 0.0, "max_grad_norm": 1.0}
+
+SMALL: ScaleValues = {
+    "models": ("",),
+    "data": ("wordproblems",),
+    "seeds": (0, 1, 2),
+    "cuts": ("1/4",),
+    "samples": (40,),
+    "clients": (4,),
+    "epochs": 3,
+    "accumulation": 1,  # few samples: else there would be hardly any optimizer steps
+    "batch_size": 1,
+    "aggregation_interval": 5,
+    "max_length": 1024,
+    "lora": _LORA,
+    "optimizer": {**_ADAMW, "learning_rate": 5e-4},
+    "questions": 200,
+    "max_tokens": 160,
+    "shots": 4,
+    "precision": "fp32",
+    "server_threads": 1,
+    "client_threads": 1,
+}
+"""Also the defaults of `CompareSettings`."""
+
+PAPER: ScaleValues = {
+    "models": PAPER_MODELS,
+    "data": ("gsm8k",),
+    "seeds": (0, 1, 2),
+    "cuts": ("1/4",),
+    "samples": (200,),
+    "clients": (4,),
+    "epochs": 10,
+    "accumulation": 4,
+    "batch_size": 1,
+    "aggregation_interval": 5,
+    "max_length": 1024,
+    "lora": _LORA,
+    "optimizer": {**_ADAMW, "learning_rate": 5e-5},
+    "questions": 1319,
+    "max_tokens": 512,
+    "shots": 4,
+    "precision": "bf16",
+    "server_threads": 0,
+    "client_threads": 1,
+}
+
+_SCALES: Mapping[str, ScaleValues] = {"small": SMALL, "paper": PAPER}
 
 _PRESETS: Mapping[str, Mapping[str, Any]] = {
     "none": {},
@@ -81,11 +136,13 @@ def preset_defaults(preset: str, scale: str, given: Mapping[str, Any]) -> dict[s
 
     Unknown names give no defaults: the settings' own validation refuses them.
     """
-    defaults = {
+    defaults: dict[str, Any] = {
         **_SCALES.get(scale, {}),
         **_PRESETS.get(preset, {}),
         **_OF_BOTH.get((preset, scale), {}),
     }
+    if preset in _PRESETS and preset != "none":
+        defaults["output"] = f"runs/{preset}"
     if "total_samples" in defaults:
         del defaults["samples"]
     for names in _AXES_OF_EACH_OTHER:

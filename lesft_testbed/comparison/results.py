@@ -66,8 +66,11 @@ class PairedTest(BaseModel):
     """Corrected over the family: all methods at this place, by this measure."""
     family: int
     verdict: Verdict
-    mcnemar: McNemar | None
-    """For accuracy: over the questions of these seeds, the trained adapters taken as given."""
+    mcnemar: McNemar | None = None
+    """For accuracy: over the questions of these seeds, each once, the trained adapters taken as
+    given."""
+    repeated_questions: int = 0
+    """Left out of `mcnemar`: asked before, by an earlier seed mostly."""
 
 
 class Missing(BaseModel):
@@ -84,6 +87,8 @@ class Comparison(BaseModel):
     reference: str
     places: list[Place]
     methods: list[str]
+    same_as: dict[str, str]
+    """Methods that are another one under a second name, which is named: they have the same runs."""
     runs: list[RunFigures]
     missing: list[Missing]
     cells: list[Cell]
@@ -119,6 +124,7 @@ def make_comparison(
 ) -> Comparison:
     """The comparison of the runs that are finished, by their names."""
     seeds = sorted({run.seed for run in plan.runs})
+    same_as = _same_methods(plan, reference)
     cells, tests = [], []
     for place in plan.places:
         by_method = {
@@ -130,18 +136,32 @@ def make_comparison(
             for method in plan.methods
         }
         cells += [_cell(place, method, runs) for method, runs in by_method.items() if runs]
+        different = {name: runs for name, runs in by_method.items() if name not in same_as}
         for measure in HIGHER_IS_BETTER:
-            tests += _family(place, measure, reference, by_method)
+            tests += _family(place, measure, reference, different)
     return Comparison(
         settings=settings,
         reference=reference,
         places=list(plan.places),
         methods=list(plan.methods),
+        same_as=same_as,
         runs=[finished[run.name].figures for run in plan.runs if run.name in finished],
         missing=list(missing),
         cells=cells,
         tests=tests,
     )
+
+
+def _same_methods(plan: Plan, reference: str) -> dict[str, str]:
+    """Methods whose runs are another's: the reference's, or else the first one's that has them."""
+    owners: dict[tuple[str, ...], str] = {}
+    same_as = {}
+    for method in (reference, *plan.methods):
+        runs = tuple(name for (_, shown, _), name in plan.shown.items() if shown == method)
+        owner = owners.setdefault(runs, method)
+        if owner != method:
+            same_as[method] = owner
+    return same_as
 
 
 def _cell(place: Place, method: str, runs: Mapping[int, FinishedRun]) -> Cell:
@@ -206,9 +226,7 @@ def _family(
             p_holm=corrected,
             family=len(found),
             verdict=verdict(difference.mean, corrected, HIGHER_IS_BETTER[measure]),
-            mcnemar=_by_question(by_method[method], theirs, seeds)
-            if measure == "accuracy"
-            else None,
+            **(_by_question(by_method[method], theirs, seeds) if measure == "accuracy" else {}),
         )
         for (method, seeds, values), p, corrected in zip(
             found, p_values, holm(p_values), strict=True
@@ -218,13 +236,20 @@ def _family(
 
 def _by_question(
     ours: Mapping[int, FinishedRun], theirs: Mapping[int, FinishedRun], seeds: Sequence[int]
-) -> McNemar:
-    pairs = []
+) -> dict[str, Any]:
+    """McNemar's test over all seeds' questions. The same one again is no further evidence: it
+    counts once, for the first seed that asks it."""
+    pairs: dict[tuple[int, int] | str, tuple[bool, bool]] = {}
+    repeated = 0
     for seed in seeds:
-        right = {each.index: each.right for each in theirs[seed].questions}
-        pairs += [
-            (each.right, other)
-            for each in ours[seed].questions
-            if each.right is not None and (other := right.get(each.index)) is not None
-        ]
-    return mcnemar(pairs)
+        asked = {each.index: each for each in theirs[seed].questions}
+        for each in ours[seed].questions:
+            other = asked.get(each.index)
+            if each.right is None or other is None or other.right is None:
+                continue
+            # By the reference's prompt: few-shot's has its examples in it. Without a digest, as in
+            # files of before there was one, the seeds' questions are taken as different.
+            question = other.prompt or (seed, each.index)
+            repeated += question in pairs
+            pairs.setdefault(question, (each.right, other.right))
+    return {"mcnemar": mcnemar(pairs.values()), "repeated_questions": repeated}

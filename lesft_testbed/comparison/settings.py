@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from lesft.spec import LoraSpec, OptimizerSpec
-from lesft_testbed.comparison.presets import SIX_SYSTEMS, Preset, Scale, preset_defaults
+from lesft_testbed.comparison.presets import SIX_SYSTEMS, SMALL, Preset, Scale, preset_defaults
 from lesft_testbed.methods import METHODS
 from lesft_testbed.settings import CacheSettings
 
@@ -34,12 +34,15 @@ class _PresetValues(PydanticBaseSettingsSource):
 class CompareSettings(CacheSettings):
     """Compare methods over models, data, seeds, cuts, samples and clients; each run one command."""
 
+    # Values that go with the scale are in one table, `presets`; the defaults are the small scale's.
+
     model_config = SettingsConfigDict(env_prefix="LESFT_TESTBED_")
 
     config: Path | None = Field(None, description="TOML file with any of these settings.")
     output: Path = Field(
         Path("runs/comparison"),
-        description="Folder for the runs and the results; what is finished there is not redone.",
+        description="Folder for the runs and the results; what is finished there is not redone. "
+        "With a preset it is runs/PRESET.",
     )
     preset: Preset = Field(
         "none", description="Table or figure of the paper to plan; other options go before it."
@@ -50,40 +53,50 @@ class CompareSettings(CacheSettings):
 
     methods: tuple[str, ...] = Field(SIX_SYSTEMS, min_length=1, description="Methods to compare.")
     models: tuple[str, ...] = Field(
-        ("",), min_length=1, description="Model folders or hub ids; empty takes SmolLM2-135M."
+        SMALL["models"],
+        min_length=1,
+        description="Model folders or hub ids; empty takes SmolLM2-135M.",
     )
     data: tuple[str, ...] = Field(
-        ("wordproblems",), min_length=1, description="Data sets, as --data of run takes them."
+        SMALL["data"], min_length=1, description="Data sets, as --data of run takes them."
     )
     seeds: tuple[int, ...] = Field(
-        (0, 1, 2),
+        SMALL["seeds"],
         min_length=1,
         description="Seeds; each draws training data, test questions and the run's randomness.",
     )
     cuts: tuple[str, ...] = Field(
-        ("1/4",),
+        SMALL["cuts"],
         min_length=1,
         description="Decoder layers on the client: a number, or a part of the model such as 1/4.",
     )
     samples: tuple[int, ...] = Field(
-        (40,), min_length=1, description="Samples that each client trains on."
+        SMALL["samples"], min_length=1, description="Samples that each client trains on."
     )
     total_samples: int = Field(
         0, ge=0, description="Samples of all clients together, in place of --samples; 0: not used."
     )
-    clients: tuple[int, ...] = Field((4,), min_length=1, description="Numbers of clients.")
+    clients: tuple[int, ...] = Field(
+        SMALL["clients"], min_length=1, description="Numbers of clients."
+    )
     reference: str = Field(
         "",
         description="Method that the others are tested against; empty: lesft, or else the first.",
     )
 
-    epochs: int = Field(3, ge=1, description="Passes over each client's samples.")
-    accumulation: int = Field(1, ge=1, description="Micro-batches per round.")
-    batch_size: int = Field(1, ge=1, description="Samples per micro-batch and client.")
-    aggregation_interval: int = Field(5, ge=1, description="Rounds between two aggregations.")
-    max_length: int = Field(1024, ge=2, description="Most tokens of one training sequence.")
-    lora: LoraSpec = LoraSpec()
-    optimizer: OptimizerSpec = OptimizerSpec(learning_rate=5e-4)
+    epochs: int = Field(SMALL["epochs"], ge=1, description="Passes over each client's samples.")
+    accumulation: int = Field(SMALL["accumulation"], ge=1, description="Micro-batches per round.")
+    batch_size: int = Field(
+        SMALL["batch_size"], ge=1, description="Samples per micro-batch and client."
+    )
+    aggregation_interval: int = Field(
+        SMALL["aggregation_interval"], ge=1, description="Rounds between two aggregations."
+    )
+    max_length: int = Field(
+        SMALL["max_length"], ge=2, description="Most tokens of one training sequence."
+    )
+    lora: LoraSpec = LoraSpec(**SMALL["lora"])
+    optimizer: OptimizerSpec = OptimizerSpec(**SMALL["optimizer"])
     skew: Literal["none", "label", "answer", "steps", "size"] = Field(
         "none", description="What the clients' shares differ in: the label, answer, steps, size."
     )
@@ -92,22 +105,35 @@ class CompareSettings(CacheSettings):
     )
 
     questions: int = Field(
-        200, ge=0, description="Test questions for each run; 0: none, for cost alone."
+        SMALL["questions"],
+        ge=0,
+        description="Test questions for each run; 0: none, for cost alone.",
     )
     measure: Measure = Field(
         "both", description="What is measured on them: right answers, -log P of the solutions."
     )
-    max_tokens: int = Field(160, ge=1, description="Most tokens of an answer.")
-    shots: int = Field(4, ge=1, description="Solved examples of the untuned model's few-shot row.")
+    max_tokens: int = Field(SMALL["max_tokens"], ge=1, description="Most tokens of an answer.")
+    shots: int = Field(
+        SMALL["shots"], ge=1, description="Solved examples of the untuned model's few-shot row."
+    )
     device: str = Field("auto", description="torch device; auto takes CUDA when there is one.")
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="fp32, or bf16 weights and autocast with adapters in fp32."
+        SMALL["precision"], description="fp32, or bf16 weights and autocast with adapters in fp32."
     )
-    server_threads: int = Field(1, ge=0, description="CPU threads of a server; 0: all cores.")
-    client_threads: int = Field(1, ge=0, description="CPU threads of a client; 0: all cores.")
+    server_threads: int = Field(
+        SMALL["server_threads"], ge=0, description="CPU threads of a server; 0: all cores."
+    )
+    client_threads: int = Field(
+        SMALL["client_threads"], ge=0, description="CPU threads of a client; 0: all cores."
+    )
 
     jobs: int = Field(
         0, ge=0, description="Runs at once; 0 chooses by cores and memory, one on a GPU."
+    )
+    replace: bool = Field(
+        False,
+        description="Run again what is finished under other settings or on other data; else that "
+        "is refused.",
     )
     manifest_only: bool = Field(
         False, description="Only write the list of commands, for a queue; start nothing."

@@ -3,11 +3,14 @@
 Over seeds: a seed draws training data, test questions and every random number of a run, so runs of
 different seeds are taken as independent repetitions, and two methods of the same seed as a pair.
 With few seeds the t-interval and the paired t-test rest on the assumption that what differs between
-seeds is about normal; they cannot check it. Where the data is one file with a tenth of it held out,
-seeds share questions and are not wholly independent: intervals are then somewhat too narrow.
+seeds is about normal; they cannot check it. Independence is wholly true of generated problems only:
+- Of one file, each seed holds out another tenth: what one seed tests on another trains on, and some
+  questions come in several seeds. Intervals are then somewhat too narrow.
+- Where all questions of a fixed test split are asked, all seeds ask the same: intervals are then
+  about training anew with the same questions, and say nothing about other questions.
 
-Over questions (McNemar): takes the trained adapters as given and only the questions as drawn. It
-says whether these adapters differ, not whether the methods do.
+Over questions (McNemar): takes the trained adapters as given and only the questions as drawn, each
+of which may count once. It says whether these adapters differ, not whether the methods do.
 """
 
 import math
@@ -36,7 +39,7 @@ class Estimate(BaseModel):
 
 
 class McNemar(BaseModel):
-    """Questions on which two methods of the same seed disagree, all seeds together."""
+    """Questions on which two methods of the same seed disagree; each question once."""
 
     only_method: int
     """Answered right by the method alone."""
@@ -97,7 +100,10 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def mcnemar(pairs: Iterable[tuple[bool, bool]]) -> McNemar:
-    """McNemar's exact test on pairs of right answers, (method, reference), one a question."""
+    """McNemar's exact test on pairs of right answers, (method, reference), one a question.
+
+    Each question may come once only: asked again, it is no further evidence.
+    """
     from scipy.stats import binomtest
 
     questions = only_method = only_reference = 0

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from lesft_testbed.comparison.results import Cell, Measure
 from lesft_testbed.comparison.statistics import Estimate
 
-NAMES: dict[Measure, str] = {"accuracy": "Accuracy", "nll": "Held-out -log P per token"}
+NAMES: dict[Measure, str] = {"accuracy": "Accuracy", "nll": "Test solutions, -log P per token"}
+"""Not "held-out": that is what a run's clients call their own samples."""
 _SMALLEST_P = 0.0001
 
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lesft_testbed.data_digest import data_sha256
 from lesft_testbed.methods import METHODS
 from lesft_testbed.settings import RunSettings
 
@@ -40,9 +41,15 @@ def questions_of(method: str, seed: int, count: int, samples: int) -> list[dict[
             "right": draw.random() < share,
             "nll": draw.gauss(20 * (1.4 - share), 1),
             "nll_tokens": 20,
+            "prompt": f"seed {seed} question {index}",
         }
         for index in range(count)
     ]
+
+
+def digest_of(data: str, seed: int) -> str:
+    """Over the questions that a seed draws."""
+    return f"sha256:{data} {seed} {data_sha256(data)}"
 
 
 def write_training(words: list[str]) -> None:
@@ -75,6 +82,8 @@ def write_training(words: list[str]) -> None:
         "wire": wire,
         "seconds": {"training": 10.0 * (1 + two_paths) * settings.samples, "total": time.time()},
         "peak_rss_mib": {"server": 900.0, "client-0": 500.0, "client-1": 510.0},
+        "data_sha256": data_sha256(settings.data),
+        "questions_digest": digest_of(settings.data, settings.seed),
     }
     asked = questions_of(settings.method, settings.seed, settings.questions, settings.samples)
     questions = {"before": None, "after": asked}
@@ -91,7 +100,13 @@ def write_untuned(words: list[str]) -> None:
     asked = questions_of(method, settings["data_seed"], settings["questions"], 0)
     output = Path(options["output"])
     output.mkdir(parents=True, exist_ok=True)
-    report = {"settings": settings, "predictions": asked, "seconds": 3.0}
+    digest = digest_of(options["benchmark"], settings["data_seed"])
+    report = {
+        "settings": settings,
+        "predictions": [{**each, "expected": str(each["index"])} for each in asked],
+        "seconds": 3.0,
+        "data_digest": digest + " with examples" * bool(settings["shots"]),
+    }
     (output / "evaluation.json").write_text(json.dumps(report))
 
 

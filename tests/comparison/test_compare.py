@@ -59,6 +59,12 @@ def all_but_measured() -> dict[str, Any]:
     return comparison
 
 
+def collected(*more: str) -> dict[str, Any]:
+    """What --collect finds."""
+    run("--collect", *more)
+    return all_but_measured()
+
+
 def page_but_measured() -> str:
     return Path("out/comparison.md").read_text().partition("## Time and memory")[0]
 
@@ -87,16 +93,66 @@ def test_only_what_a_larger_plan_adds_is_run(wishes: Path) -> None:
     assert started(wishes) == sorted(n.replace("seed-0", "seed-1") for n in (ZERO, FEW, LESFT))
 
 
-def test_a_run_of_other_settings_is_named_and_run_again(
+def test_finished_runs_of_other_settings_are_not_overwritten_unless_asked_to(
     wishes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run()
     started(wishes)
-    run("--epochs=2")
+    manifest = Path("out/manifest.txt").read_text()
+    refusal = (
+        rf"out/runs/{LESFT} has other settings: epochs 3, planned 2 \(and so 1 more run\)\. What "
+        r"is finished is not overwritten: give another --output than out, or --replace to run it"
+    )
+    for more in ((), ("--manifest-only",)):
+        with pytest.raises(InvalidInput, match=refusal):
+            run("--epochs=2", *more)
+    assert started(wishes) == []
+    assert Path("out/manifest.txt").read_text() == manifest
+    run("--epochs=2", "--replace")
     assert started(wishes) == sorted([LESFT, SL])  # the untuned model has no epochs
     assert f"out/runs/{SL} has other settings: epochs 3, planned 2: it is run again" in (
         capsys.readouterr().err
     )
+
+
+def test_what_was_made_with_other_data_of_the_same_name_is_not_of_the_plan(wishes: Path) -> None:
+    Path("notes.jsonl").write_text("one\n")
+    run("--data=notes.jsonl")
+    names = [name.replace("wordproblems", "notes") for name in (FEW, LESFT, SL, ZERO)]
+    assert started(wishes) == names
+    run("--data=notes.jsonl")
+    assert started(wishes) == []
+    Path("notes.jsonl").write_text("two\n")
+    with pytest.raises(InvalidInput, match=r"trained on other data: notes.jsonl has changed since"):
+        run("--data=notes.jsonl")
+    reasons = {each["name"]: each["reason"] for each in collected("--data=notes.jsonl")["missing"]}
+    assert sorted(reasons) == names
+    assert "has answered questions of other data" in reasons[names[0]]
+    run("--data=notes.jsonl", "--replace")
+    assert started(wishes) == names
+    assert all_but_measured()["missing"] == []
+
+
+def test_an_untuned_model_that_was_asked_other_questions_is_not_beside_the_trained_ones(
+    wishes: Path,
+) -> None:
+    run()
+    path = Path(f"out/runs/{ZERO}/evaluation.json")
+    path.write_text(path.read_text().replace("sha256:wordproblems", "sha256:earlier problems"))
+    names = {each["name"] for each in collected()["missing"]}
+    assert names == {ZERO, FEW}  # the examples' digest says nothing of the questions
+    for file in Path("out").glob("runs/*/report.json"):
+        report = json.loads(file.read_bytes())
+        del report["questions_digest"], report["data_sha256"]
+        file.write_text(json.dumps(report))
+    assert collected()["missing"] == []  # of before there were digests
+
+
+def test_examples_before_other_questions_are_found_by_their_answers(wishes: Path) -> None:
+    run()
+    path = Path(f"out/runs/{FEW}/evaluation.json")
+    path.write_text(path.read_text().replace('"expected": "7"', '"expected": "8"'))
+    assert [each["name"] for each in collected()["missing"]] == [FEW]
 
 
 def test_a_failed_run_is_reported_and_the_others_go_on(
@@ -192,9 +248,17 @@ def test_the_variables_of_the_comparison_are_not_those_of_its_runs(
     assert report["settings"]["loss"]["uniform_weight"] == 1.0
 
 
-def test_two_comparisons_cannot_share_a_folder(wishes: Path) -> None:
-    with command._locked(Path("out")), pytest.raises(InvalidInput, match="is in use by another"):
-        run()
+def test_two_comparisons_cannot_share_a_folder_and_the_second_leaves_the_first_s_manifest(
+    wishes: Path,
+) -> None:
+    run("--manifest-only")
+    manifest = Path("out/manifest.txt").read_text()
+    with command._locked(Path("out")):
+        for more in ((), ("--manifest-only",)):
+            with pytest.raises(InvalidInput, match="is in use by another"):
+                run(*more, methods="lesft")
+        run("--collect", methods="lesft")
+    assert Path("out/manifest.txt").read_text() == manifest
 
 
 def test_a_manifest_alone_starts_nothing(wishes: Path) -> None:

@@ -9,8 +9,10 @@ import pytest
 from lesft.errors import InvalidInput
 from lesft.settings import load_settings
 from lesft_client.settings import EvaluateSettings
+from lesft_testbed.comparison import presets
 from lesft_testbed.comparison.manifest import MANIFEST, MANIFEST_LINES, write_manifest
 from lesft_testbed.comparison.plan import PlannedRun
+from lesft_testbed.comparison.settings import CompareSettings
 from lesft_testbed.methods import METHODS
 from lesft_testbed.settings import RunSettings
 from tests.comparison.harness import MODEL, plan_of, settings_of
@@ -43,6 +45,16 @@ def test_a_fixed_total_is_shared_out_among_the_clients() -> None:
     assert found == [(1, 40), (3, 13)]
 
 
+def test_methods_that_are_the_same_under_several_names_share_their_runs() -> None:
+    plan = plan_of("--methods=uniform-1,lesft,splitlora,base-only", "--seeds=0")
+    assert {run.method for run in plan.runs} == {"zero-shot", "few-shot", "lesft", "splitlora"}
+    [place] = plan.places
+    names = {plan.shown[place, method, 0] for method in ("uniform-1", "splitlora", "base-only")}
+    assert names == {"splitlora_tiny_wordproblems_cut-1-4_samples-40_clients-4_seed-0"}
+    alone = plan_of("--methods=lesft,base-only", "--seeds=0")
+    assert {run.method for run in alone.runs} >= {"lesft", "base-only"}
+
+
 def test_the_untuned_model_answers_the_same_questions_without_and_with_examples() -> None:
     plan = plan_of("--methods=lesft", "--seeds=7", "--questions=60", "--shots=3")
     zero, few, run = plan.runs
@@ -66,8 +78,40 @@ def test_the_presets_at_paper_scale_have_the_paper_s_sizes() -> None:
     lesft = options_of(plan.runs, "lesft")
     assert len(lesft) == 3 * 3  # models x data sets
     assert {o["clients"] * o["samples"] for o in lesft} == {800}  # type: ignore[operator]
-    assert {(o["epochs"], o["optimizer.learning_rate"]) for o in lesft} == {(10, 5e-5)}
+    papers = {
+        "clients": 4,
+        "epochs": 10,
+        "accumulation": 4,
+        "batch_size": 1,
+        "aggregation_interval": 5,
+        "precision": "bf16",
+        "server_threads": 0,
+        "lora.rank": 8,
+        "lora.alpha": 16.0,
+        "lora.dropout": 0.2,
+        "optimizer.learning_rate": 5e-5,
+        "questions": 1319,
+        "max_tokens": 512,
+    }
+    for options in lesft:
+        assert {name: options[name] for name in papers} == papers
+        assert options["lora.target_modules"] == ["gate_proj", "up_proj", "down_proj"]
     assert [o["cut_layer"] for o in lesft] == [6, 6, 6, 7, 7, 7, 9, 9, 9]
+
+
+def test_without_a_preset_the_values_are_the_small_scale_s() -> None:
+    settings = CompareSettings()
+    dumped = settings.model_dump()
+    for name, value in presets.SMALL.items():
+        assert dumped[name] == value, name
+    assert presets.SMALL.keys() == presets.PAPER.keys()
+    assert CompareSettings(optimizer={"learning_rate": 1.0}).optimizer.max_grad_norm == 1.0
+
+
+def test_a_preset_has_a_folder_of_its_own() -> None:
+    assert settings_of("--preset=fig4").output == Path("runs/fig4")
+    assert settings_of("--preset=fig4", "--output=out").output == Path("out")
+    assert settings_of().output == Path("runs/comparison")
 
 
 @pytest.mark.parametrize("preset", ["table1", "table2", "table3", "fig3", "fig4", "fig5"])

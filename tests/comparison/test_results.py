@@ -74,6 +74,56 @@ def test_methods_are_tested_by_pairs_of_seeds_and_corrected_within_a_table() -> 
     assert untuned.p_holm == pytest.approx(3 * (untuned.p or 0), rel=3)
 
 
+def test_a_question_that_several_seeds_ask_counts_once_for_the_first_of_them() -> None:
+    words = (*COMMON, "--methods=lesft,splitlora", "--seeds=0,1,2")
+    plan = plan_of(*words)
+    fill(plan, Path("out"))
+    for file in Path("out").glob("runs/*/*.json"):
+        text = file.read_text()
+        for seed in (1, 2):  # all ask the first seed's, but for the last two of the third
+            text = text.replace(f"seed {seed} question", "seed 0 question")
+        file.write_text(text.replace("seed 0 question 49", f"{file.parent.name[-6:]} question 49"))
+    compare(settings_of(*words, "--collect"))
+    found = Comparison.model_validate_json(Path("out/comparison.json").read_bytes())
+    test = found.test(Place(MODEL, "wordproblems", "1/4", 10, 4), "splitlora", "accuracy")
+    assert test is not None
+    assert test.mcnemar is not None
+    assert (test.mcnemar.questions, test.repeated_questions) == (52, 98)
+    ours, theirs = (
+        [[each["right"] for each in questions_of(m, seed, 50, 10)] for seed in (0, 1, 2)]
+        for m in ("splitlora", "lesft")
+    )
+    counted = [
+        *zip(ours[0], theirs[0], strict=True),
+        *((ours[s][49], theirs[s][49]) for s in (1, 2)),
+    ]
+    assert test.mcnemar.only_method == sum(mine and not other for mine, other in counted)
+    page = Path("out/comparison.md").read_text()
+    assert "Seeds ask the same questions here: of 150, 52 are different and count" in page
+
+
+def test_a_method_under_a_second_name_is_shown_and_not_tested() -> None:
+    found = compared("--methods=lesft,splitlora,base-only,uniform-1", "--seeds=0,1")
+    place = Place(MODEL, "wordproblems", "1/4", 10, 4)
+    assert found.same_as == {"base-only": "splitlora", "uniform-1": "splitlora"}
+    assert {test.method for test in found.tests} == {"zero-shot", "few-shot", "splitlora"}
+    assert {test.family for test in found.tests} == {3}
+    cells = [found.cell(place, method) for method in ("splitlora", "base-only")]
+    assert cells[0] is not None
+    assert cells[1] is not None
+    assert cells[0].accuracy == cells[1].accuracy
+    page = Path("out/comparison.md").read_text()
+    assert page.count("| same as splitlora |") == 2 * 2 * 2  # names, measures, places
+    assert "has the same runs; it is shown, and not\ntested" in page
+    assert "`uniform-` rows above 0\ndiffer only where gradients are clipped" in page
+
+
+def test_the_reference_is_the_one_that_others_are_the_same_as() -> None:
+    found = compared("--methods=lesft,splitlora,base-only", "--seeds=0", "--reference=base-only")
+    assert found.same_as == {"splitlora": "base-only"}
+    assert {test.method for test in found.tests} == {"zero-shot", "few-shot", "lesft"}
+
+
 def test_the_page_has_pictures_a_table_for_each_place_and_one_along_the_axis() -> None:
     compared("--methods=lesft,splitlora,fedavg", "--seeds=0,1")
     page = Path("out/comparison.md").read_text()
@@ -83,6 +133,9 @@ def test_the_page_has_pictures_a_table_for_each_place_and_one_along_the_axis() -
     assert "| lesft | 40.0 MB | 40.0 MB | 40.0 MB | 500.0 kB | 500.0 kB | 121.0 MB |" in page
     assert "| fedavg | 0 bytes | 0 bytes | 0 bytes | 500.0 kB | 500.0 kB | 1.0 MB |" in page
     assert "no method can be called better" not in page
+    assert "### Test solutions, -log P per token" in page
+    assert "held-out" not in page.lower()
+    assert "`centralized` is one process of 1 CPU\nthreads" in page
     assert {path.name for path in Path("out").glob("*.png")} == {
         *("methods.png", "samples.png", "bytes.png", "time.png")
     }

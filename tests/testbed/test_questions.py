@@ -8,6 +8,7 @@ import pytest
 
 from lesft_testbed.questions import (
     Question,
+    Questions,
     accuracy,
     nll_per_token,
     questions_of,
@@ -17,7 +18,8 @@ from lesft_testbed.questions import (
 
 def prediction(index: int, right: bool | None, nll: float | None, tokens: int) -> dict[str, Any]:
     """As evaluation.json has it, with more beside."""
-    return {"index": index, "right": right, "nll": nll, "nll_tokens": tokens, "text": "#### 4"}
+    measured = {"right": right, "nll": nll, "nll_tokens": tokens}
+    return {"index": index, **measured, "prompt": f"p{index}", "text": "#### 4"}
 
 
 def test_clients_that_answer_a_share_each_answer_the_whole_together() -> None:
@@ -25,6 +27,7 @@ def test_clients_that_answer_a_share_each_answer_the_whole_together() -> None:
     second = {"predictions": [prediction(1, True, 3.0, 5)]}
     questions = questions_of([first, second])
     assert [question.index for question in questions] == [0, 1, 2]
+    assert [question.prompt for question in questions] == ["p0", "p1", "p2"]
     assert [question.right for question in questions] == [True, True, False]
     assert nll_per_token(questions) == pytest.approx((6 + 3 + 1) / (4 + 5 + 1))
     share, interval = accuracy(questions) or (None, None)
@@ -41,9 +44,9 @@ def test_what_was_not_measured_is_none() -> None:
 
 
 def test_the_file_holds_every_question_and_null_for_what_was_not_asked(tmp_path: Path) -> None:
-    question = Question(index=3, right=False, nll=2.5, nll_tokens=7)
-    write_questions({"after": [question]}, tmp_path)
+    question = Question(index=3, right=False, nll=2.5, nll_tokens=7, prompt="p3")
+    write_questions(Questions(after=[question]), tmp_path)
     assert json.loads((tmp_path / "questions.json").read_text()) == {
         "before": None,
-        "after": [{"index": 3, "right": False, "nll": 2.5, "nll_tokens": 7}],
+        "after": [{"index": 3, "right": False, "nll": 2.5, "nll_tokens": 7, "prompt": "p3"}],
     }

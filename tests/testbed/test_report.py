@@ -8,7 +8,7 @@ import pytest
 
 from lesft_testbed.page import page, summary, write_page
 from lesft_testbed.picture import draw_loss
-from lesft_testbed.questions import Question
+from lesft_testbed.questions import Question, Questions
 from lesft_testbed.report import Report, make_report, write_report
 from lesft_testbed.settings import RunSettings
 from lesft_testbed.shares_picture import draw_shares
@@ -54,10 +54,11 @@ def report_of(settings: RunSettings, results: list[dict[str, Any]], **questions:
         SPEC,
         ROUNDS,
         results,
-        questions,
+        Questions(**questions),
         ["adapter"],
         {"starting": 1.0, "questions": 3.0, "total": 9.0},
         {"server": 5 << 20, "client-0": 3 << 19},
+        "5e1f",
     )
 
 
@@ -68,6 +69,7 @@ def report() -> Report:
         [result(1), result(3)],
         before=answered(*[True] * 2, *[False] * 6),
         after=answered(*[True] * 4, *[False] * 4),
+        digest="sha256:a5ed",
     )
 
 
@@ -101,6 +103,7 @@ def test_the_report_adds_up_what_the_services_measured(report: Report) -> None:
     }
     assert report.peak_rss_mib == {"server": 5.0, "client-0": 1.5}
     assert report.versions["torch"]
+    assert (report.data_sha256, report.questions_digest) == ("5e1f", "sha256:a5ed")
     assert (report.accuracy_before, report.accuracy_after) == (0.25, 0.5)
     assert report.accuracy_questions == 8
     assert report.accuracy_interval_after == pytest.approx((0.2152, 0.7848), abs=1e-4)

@@ -7,6 +7,8 @@ from typing import Any, cast
 
 import pytest
 
+from lesft.errors import RunStopped
+from lesft_testbed import rounds
 from lesft_testbed.processes import Processes
 from lesft_testbed.rounds import RoundLog, merged_round
 from lesft_testbed.watch import Watcher
@@ -62,3 +64,25 @@ def test_a_round_has_ended_when_all_clients_have_it_and_a_finished_one_is_read_f
     assert [(record["round"], record["loss"]) for record in log.new()] == [(1, 3.0)]
     assert [record["round"] for record in log.records] == [0, 1]
     assert log.records[0]["seconds"] == pytest.approx(0, abs=5)
+
+
+def test_a_server_that_is_slow_to_answer_at_the_end_is_asked_until_it_has_told_all_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rounds, "_LAST_PAUSE_SECONDS", 0)
+    answers: list[Any] = [[{"round": 0}], None, None, [{"round": 1}], None, [{"round": 2}]]
+    asked: list[str] = []
+
+    def get(process: object, path: str) -> Any:
+        asked.append(path)
+        return answers.pop(0) if answers else None
+
+    processes = SimpleNamespace(all={"server": None})
+    watcher = SimpleNamespace(get=get)
+    log = RoundLog(cast(Processes, processes), cast(Watcher, watcher), ["a"], split=True)
+    log.new()
+    assert log.rest(3) == [{"round": 1}, {"round": 2}]
+    assert asked[-1] == "/v1/rounds?first=2"
+    assert len(asked) == 6
+    with pytest.raises(RunStopped, match="finished 5 rounds, but figures of 3 only could be had"):
+        log.rest(5)

@@ -1,5 +1,6 @@
 """`lesft-testbed run` as a user has it: real processes from the first to the last."""
 
+import hashlib
 import json
 import re
 import signal
@@ -76,6 +77,10 @@ def test_a_run_leaves_report_picture_logs_and_an_adapter_that_reproduces_its_fig
         assert report[f"test_nll_{when}"] == pytest.approx(figures["nll_per_token"])
         assert [question["index"] for question in questions[when]] == [0, 1, 2]
         assert figures["settings"]["untuned"] == (when == "before")
+        prompts = [prediction["prompt"] for prediction in figures["predictions"]]
+        assert [question["prompt"] for question in questions[when]] == prompts
+        assert report["questions_digest"] == figures["data_digest"]
+    assert report["data_sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
     assert report["test_nll_after"] < report["test_nll_before"]
     assert set(report["peak_rss_mib"]) == {"server", "aggregator", "client-0", "client-1"}
     assert all(peak > 20 for peak in report["peak_rss_mib"].values())
