@@ -126,6 +126,7 @@ def test_a_hang_up_stops_a_client_but_not_under_nohup(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     let_train_be(monkeypatch, lambda: signal.raise_signal(signal.SIGHUP))
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may themselves run under nohup
     assert refused(client_main, ["train"], capsys) == (130, "lesft-client: stopped")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     client_main(["train"])
