@@ -44,7 +44,7 @@ CLIENT: dict[str, Disturbance] = {
     # The ends.
     "before its first checkpoint": ("lesft.checkpoints:CheckpointStore.save", "before", 1),
     "after the last round": ("lesft_client.link:ServerLink.score", "before", 2),
-    "before it writes its result": ("lesft_client.train:TrainCommand._finish", "before", 1),
+    "before it writes its result": ("lesft_client.train:TrainCommand._result", "before", 1),
 }
 
 SERVER: dict[str, Disturbance] = {
