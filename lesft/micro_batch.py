@@ -4,6 +4,7 @@ Shape letters: N tokens of a whole micro-batch, T its target tokens, D width, B 
 the longest sample.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +87,15 @@ class StepResult:
     class_counts: tuple[int, int, int] | None
     checkpoint: bool = False
     held: tuple[int, ...] = ()
+
+
+def sum_class_counts(results: Sequence[StepResult]) -> tuple[int, int, int] | None:
+    """Salient, sub-salient and irrelevant tokens of all results that have classes, if any do."""
+    counts = [result.class_counts for result in results if result.class_counts is not None]
+    if not counts:
+        return None
+    salient, sub_salient, irrelevant = (sum(column) for column in zip(*counts, strict=True))
+    return salient, sub_salient, irrelevant
 
 
 def pad(flat_N: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -11,6 +11,18 @@ from lesft.sampling import Sampling
 from lesft.settings import ServiceSettings
 
 
+def _checked_share(value: str) -> str:
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", value, re.ASCII)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError("must be I/N with I from 1 to N, such as 2/4 for the second of four")
+    return value
+
+
+def _share_parts(share: str) -> tuple[int, int]:
+    number, of = share.split("/")
+    return int(number), int(of)
+
+
 class DataSettings(ServiceSettings):
     """Which samples the client uses."""
 
@@ -47,16 +59,12 @@ class DataSettings(ServiceSettings):
     @field_validator("share")
     @classmethod
     def _is_one_of_the_shares(cls, value: str) -> str:
-        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", value, re.ASCII)
-        if not match or not 1 <= int(match[1]) <= int(match[2]):
-            raise ValueError("must be I/N with I from 1 to N, such as 2/4 for the second of four")
-        return value
+        return _checked_share(value)
 
     @property
     def share_parts(self) -> tuple[int, int]:
         """Which share it is, counted from 1, and of how many."""
-        number, of = self.share.split("/")
-        return int(number), int(of)
+        return _share_parts(self.share)
 
 
 class ExportDataSettings(DataSettings):
@@ -288,13 +296,12 @@ class EvaluateSettings(LanguageModelSettings):
     @field_validator("share")
     @classmethod
     def _is_one_of_the_shares(cls, value: str) -> str:
-        return DataSettings._is_one_of_the_shares(value)
+        return _checked_share(value)
 
     @property
     def share_parts(self) -> tuple[int, int]:
         """Which share it is, counted from 1, and of how many."""
-        number, of = self.share.split("/")
-        return int(number), int(of)
+        return _share_parts(self.share)
 
     @model_validator(mode="after")
     def _has_one_source(self) -> "EvaluateSettings":

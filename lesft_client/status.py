@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 
-from lesft.micro_batch import StepResult
+from lesft.micro_batch import StepResult, sum_class_counts
 from lesft_client.wire import WireCounter
 
 RESULT_FILE = "result.json"
@@ -69,8 +69,7 @@ class Status:
         """Note what came of a round's micro-batches."""
         self.loss_by_round.append(sum(result.loss for result in results) / len(results))
         self.nll_by_round.append(sum(result.nll for result in results) / len(results))
-        counts = [result.class_counts for result in results if result.class_counts is not None]
-        self.class_counts_by_round.append(_sum(counts) if counts else None)
+        self.class_counts_by_round.append(sum_class_counts(results))
 
     def go_to_round(self, round_index: int) -> None:
         """Forget the rounds from this one on; those before it that are missing were missed."""
@@ -127,8 +126,3 @@ class Status:
             bytes_down=self.wire.total("down"),
             seconds_left=self.seconds_left(),
         )
-
-
-def _sum(counts: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
-    salient, sub_salient, irrelevant = (sum(column) for column in zip(*counts, strict=True))
-    return salient, sub_salient, irrelevant

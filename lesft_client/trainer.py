@@ -163,7 +163,7 @@ class Trainer:
         version = self._status.adapter_version
         with self.timer.phase("aggregation"):
             try:
-                aggregator.submit(version, self._shared())
+                aggregator.submit(version, self._shared(self._front.adapter()))
             except StaleVersion:
                 if self._spec.mode == "lockstep":
                     raise
@@ -171,18 +171,15 @@ class Trainer:
             self._take_average(aggregator, version + 1)
 
     def _take_average(self, aggregator: AggregatorLink, version: int) -> None:
-        average = aggregator.fetch(version, like=self._shared())
-        self._front.load_adapter({**self._front.adapter(), **average})
+        state = self._front.adapter()
+        average = aggregator.fetch(version, like=self._shared(state))
+        self._front.load_adapter({**state, **average})
         self._status.adapter_version = version
 
-    def _shared(self) -> dict[str, torch.Tensor]:
+    def _shared(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Θ_i without its personal layers."""
         personal = set(self._spec.personal_layers)
-        return {
-            name: tensor
-            for name, tensor in self._front.adapter().items()
-            if layer_of(name) not in personal
-        }
+        return {name: tensor for name, tensor in state.items() if layer_of(name) not in personal}
 
     # ------------------------------------------------------------------ checkpoints
 

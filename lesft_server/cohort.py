@@ -20,7 +20,7 @@ from lesft.checkpoints import Checkpoint
 from lesft.cohort_batch import Part
 from lesft.device_thread import DeviceThread
 from lesft.errors import LeftBehind, LesftError, OutOfOrder, RunStopped, Unreachable
-from lesft.micro_batch import MicroBatch, StepKey, StepResult
+from lesft.micro_batch import MicroBatch, StepKey, StepResult, sum_class_counts
 from lesft.step_messages import result_to_message
 from lesft.training_state import adapter_of
 from lesft_server.journal import Journal
@@ -394,7 +394,7 @@ class Cohort:
                 round=key.round,
                 loss=_mean_by_share(window, lambda result: result.loss),
                 nll=_mean_by_share(window, lambda result: result.nll),
-                class_counts=_sum_counts([r for _, results in window for r in results]),
+                class_counts=sum_class_counts([r for _, results in window for r in results]),
                 seconds=now - start,
             )
         )
@@ -415,11 +415,3 @@ def _mean_by_share(
         for shares, results in window
     ]
     return sum(sums) / len(sums)
-
-
-def _sum_counts(results: list[StepResult]) -> tuple[int, int, int] | None:
-    counts = [result.class_counts for result in results if result.class_counts is not None]
-    if not counts:
-        return None
-    salient, sub_salient, irrelevant = (sum(column) for column in zip(*counts, strict=True))
-    return salient, sub_salient, irrelevant

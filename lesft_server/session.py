@@ -154,13 +154,12 @@ class Session:
 
     def _read_request(self, header: training_pb2.MicroBatch, data: bytes) -> Request:
         """Runs in a thread of its own."""
-        if self._engine.run.spec.train_front:
-            batch = micro_batch_from_message(header, data, self._engine.limits)
-            digest = hashlib.sha256(header.SerializeToString(deterministic=True))
-            digest.update(data)
-            return Request(batch, digest.digest())
-        received = micro_batch_from_message(header, data, self._engine.limits)
-        return Request(*self.held.complete(received))
+        batch = micro_batch_from_message(header, data, self._engine.limits)
+        if not self._engine.run.spec.train_front:
+            return Request(*self.held.complete(batch))
+        digest = hashlib.sha256(header.SerializeToString(deterministic=True))
+        digest.update(data)
+        return Request(batch, digest.digest())
 
     async def _receive_held_out(self, header: training_pb2.HeldOut, requests: _Requests) -> None:
         if self._unanswered["held_out"] == MAX_HELD_OUT_WAITING:

@@ -36,7 +36,7 @@ def server_command(
         "precision": settings.precision,
         "threads": settings.server_threads,
     }
-    return [_program("lesft-server"), *_options({**own, **_run_options(settings), **more})]
+    return [program("lesft-server"), *options({**own, **_run_options(settings), **more})]
 
 
 def aggregator_command(
@@ -52,7 +52,7 @@ def aggregator_command(
     }
     if settings.mode == "deadline":
         own |= {"quorum": settings.required, "deadline_seconds": settings.deadline_seconds}
-    return [_program("lesft-aggregator"), *_options({**own, **more})]
+    return [program("lesft-aggregator"), *options({**own, **more})]
 
 
 def client_command(
@@ -91,7 +91,7 @@ def client_command(
         own |= {"local": True, "run": _run_options(settings)}
     if aggregator:
         own["aggregator"] = aggregator
-    return [_program("lesft-client"), "train", *_options({**own, **more})]
+    return [program("lesft-client"), "train", *options({**own, **more})]
 
 
 def evaluate_command(
@@ -119,7 +119,7 @@ def evaluate_command(
         "progress": "lines",
     }
     own |= {"untuned": True} if adapter is None else {"adapter": adapter}
-    return [_program("lesft-client"), "evaluate", *_options(own)]
+    return [program("lesft-client"), "evaluate", *options(own)]
 
 
 def serve_command(settings: RunSettings, model: str, state: Path, server: str) -> list[str]:
@@ -134,7 +134,7 @@ def serve_command(settings: RunSettings, model: str, state: Path, server: str) -
         "threads": settings.client_threads,
         "state": state,
     }
-    return [_program("lesft-client"), "serve", *_options(own)]
+    return [program("lesft-client"), "serve", *options(own)]
 
 
 def _run_options(settings: RunSettings) -> dict[str, Any]:
@@ -142,16 +142,17 @@ def _run_options(settings: RunSettings) -> dict[str, Any]:
     return {**run, "rounds": settings.num_rounds}
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
     """The command beside the Python that runs the testbed: the same environment."""
     return str(Path(sys.executable).with_name(name))
 
 
-def _options(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def options(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Settings as the words of a command line; nested ones with dots."""
     for name, value in values.items():
         option = f"{prefix}{name.replace('_', '-')}"
         if isinstance(value, Mapping):
-            yield from _options(value, f"{option}.")
+            yield from options(value, f"{option}.")
         elif isinstance(value, bool):
             yield f"--{option}" if value else f"--no-{option}"
         elif isinstance(value, list):

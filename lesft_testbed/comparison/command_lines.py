@@ -4,11 +4,9 @@ Paths stay as they were given: relative ones mean the folder that the comparison
 """
 
 import os
-import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
+from lesft_testbed.commands import options, program
 from lesft_testbed.comparison.plan import PlannedRun
 
 RUNS_FOLDER = "runs"
@@ -26,15 +24,15 @@ def command_line(run: PlannedRun, output: Path, cache: Path) -> list[str]:
         return [
             "lesft-testbed",
             "run",
-            *_words({**run.options, **where, "cache": from_home(cache)}),
+            *options({**run.options, **where, "cache": from_home(cache)}),
         ]
     # A half-done evaluation under other settings would refuse to go on.
-    return ["lesft-client", "evaluate", *_words({**run.options, **where, "fresh": True})]
+    return ["lesft-client", "evaluate", *options({**run.options, **where, "fresh": True})]
 
 
 def installed(command: list[str]) -> list[str]:
     """The command with its program from beside this Python: the same environment."""
-    return [str(Path(sys.executable).with_name(command[0])), *command[1:]]
+    return [program(command[0]), *command[1:]]
 
 
 def relative(path: Path) -> Path:
@@ -49,14 +47,3 @@ def from_home(path: Path) -> str:
     if path.is_relative_to(Path.home()):
         return f"~/{path.relative_to(Path.home())}"
     return str(path)
-
-
-def _words(options: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in options.items():
-        option = name.replace("_", "-")
-        if isinstance(value, bool):
-            yield f"--{option}" if value else f"--no-{option}"
-        elif isinstance(value, list):
-            yield f"--{option}={','.join(map(str, value))}"
-        else:
-            yield f"--{option}={value}"
