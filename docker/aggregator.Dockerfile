@@ -29,10 +29,11 @@ RUN --mount=type=bind,source=docker/wheels,target=/wheels \
 
 FROM ${PYTHON_IMAGE}
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /var/lib/lesft lesft \
-    && install -d -o lesft -g lesft -m 700 /var/lib/lesft
+    && install -d -o lesft -g lesft -m 700 /var/lib/lesft /enrolment \
+    && install -d -o lesft -g lesft /monitoring
 COPY --from=dependencies /opt/lesft /opt/lesft
 COPY --from=package /package /
-# Listening beyond the container also takes LESFT_AGGREGATOR_INSECURE=true: traffic is not encrypted.
+# Beyond the container it encrypts, and lets in those only who enrolled.
 ENV PATH=/opt/lesft/bin:$PATH \
     HOME=/var/lib/lesft \
     PYTHONUNBUFFERED=1 \
@@ -42,7 +43,5 @@ ENV PATH=/opt/lesft/bin:$PATH \
 USER 10001:10001
 WORKDIR /var/lib/lesft
 EXPOSE 50052 8052
-HEALTHCHECK --interval=10s --timeout=5s --start-period=1m CMD python -c \
-"from http.client import HTTPConnection as C; c = C('127.0.0.1:${LESFT_AGGREGATOR_CONTROL##*:}', timeout=4); \
-c.request('GET', '/healthz'); exit(c.getresponse().status != 200)"
+HEALTHCHECK --interval=10s --timeout=5s --start-period=1m CMD python -m lesft.healthcheck ${LESFT_AGGREGATOR_CONTROL##*:}
 ENTRYPOINT ["lesft-aggregator"]

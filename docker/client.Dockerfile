@@ -36,10 +36,12 @@ RUN --mount=type=bind,source=docker/wheels,target=/wheels \
 
 FROM base
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /var/lib/lesft lesft \
-    && install -d -o lesft -g lesft -m 700 /var/lib/lesft
+    && install -d -o lesft -g lesft -m 700 /var/lib/lesft /enrolment \
+    && install -d -o lesft -g lesft /monitoring
 COPY --from=dependencies /opt/lesft /opt/lesft
 COPY --from=package /package /
-# The control API stays inside the container; the cache of front weights is below HOME.
+# The control API stays inside the container; the cache of front weights and what lesft-client
+# enroll leaves are below HOME.
 ENV PATH=/opt/lesft/bin:$PATH \
     HOME=/var/lib/lesft \
     PYTHONUNBUFFERED=1 \
@@ -48,8 +50,6 @@ ENV PATH=/opt/lesft/bin:$PATH \
 USER 10001:10001
 WORKDIR /var/lib/lesft
 EXPOSE 8050
-HEALTHCHECK --interval=30s --timeout=5s --start-period=1m CMD python -c \
-"from http.client import HTTPConnection as C; c = C('127.0.0.1:${LESFT_CLIENT_CONTROL##*:}', timeout=4); \
-c.request('GET', '/healthz'); exit(c.getresponse().status != 200)"
+HEALTHCHECK --interval=30s --timeout=5s --start-period=1m CMD python -m lesft.healthcheck ${LESFT_CLIENT_CONTROL##*:}
 ENTRYPOINT ["lesft-client"]
 CMD ["train"]

@@ -17,6 +17,20 @@ MIN_BUNDLE_BYTES = 8
 """The smallest safetensors byte string is its 8-byte header length."""
 
 
+def check_header(what: str, data: bytes, max_bytes: int) -> None:
+    """Refuse a safetensors header of more than `max_bytes` before anything reads it.
+
+    A header of many empty tensors takes 20 times its size in memory once it is read. Raises
+    BundleError.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if length > max_bytes:
+        raise BundleError(
+            f"{what} is no safetensors byte string: its header has {length} bytes, but at most "
+            f"{max_bytes} are allowed here"
+        )
+
+
 def bundle_info(data: bytes) -> BundleInfo:
     """The announcement of a bundle."""
     return BundleInfo(total_bytes=len(data), crc32=zlib.crc32(data))
@@ -29,6 +43,20 @@ def bundle_chunks(data: bytes) -> Iterator[Chunk]:
         yield Chunk(index=index, data=bytes(view[start : start + CHUNK_BYTES]))
 
 
+def check_announced(info: BundleInfo, max_bytes: int) -> None:
+    """Raises TooLarge or BundleError when an announcement alone breaks a rule."""
+    if info.total_bytes > max_bytes:
+        raise TooLarge(
+            f"bundle of {info.total_bytes} bytes announced, but at most {max_bytes} are "
+            "allowed here: send fewer or shorter samples per micro-batch"
+        )
+    if info.total_bytes < MIN_BUNDLE_BYTES:
+        raise BundleError(
+            f"bundle of {info.total_bytes} bytes announced, but a safetensors byte string "
+            f"has at least {MIN_BUNDLE_BYTES}: announce the bundle before its chunks"
+        )
+
+
 class BundleReader:
     """Puts one announced bundle together again.
 
@@ -36,17 +64,8 @@ class BundleReader:
     """
 
     def __init__(self, info: BundleInfo, max_bytes: int) -> None:
-        """Raises TooLarge or BundleError when the announcement alone breaks a rule."""
-        if info.total_bytes > max_bytes:
-            raise TooLarge(
-                f"bundle of {info.total_bytes} bytes announced, but at most {max_bytes} are "
-                "allowed here: send fewer or shorter samples per micro-batch"
-            )
-        if info.total_bytes < MIN_BUNDLE_BYTES:
-            raise BundleError(
-                f"bundle of {info.total_bytes} bytes announced, but a safetensors byte string "
-                f"has at least {MIN_BUNDLE_BYTES}: announce the bundle before its chunks"
-            )
+        """Raises what `check_announced` raises."""
+        check_announced(info, max_bytes)
         self._crc32 = info.crc32
         self._buffer = bytearray(info.total_bytes)
         self._received = 0

@@ -9,7 +9,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from lesft.errors import InvalidInput, Unreachable
-from lesft.interceptors import ErrorInterceptor
+from lesft.interceptors import ErrorInterceptor, OnRefused
 
 MAX_MESSAGE_BYTES = 2 << 20
 """One chunk and its envelope, with room to spare; anything larger is cut into chunks."""
@@ -58,42 +58,74 @@ def split_address(address: str) -> tuple[str, int]:
     return match["host"].strip("[]"), int(match["port"])
 
 
+def is_loopback(address: str) -> bool:
+    """Whether an address can be reached from this machine alone. Raises InvalidInput."""
+    host, _ = split_address(address)
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def is_any(host: str) -> bool:
+    """Whether a host stands for every address of this machine."""
+    return host in ("0.0.0.0", "::")
+
+
 def check_open(address: str, insecure: bool) -> None:
     """Refuse an address off this machine unless that was asked for by name.
 
-    Raises InvalidInput: traffic is not encrypted, so it stays on loopback by default.
+    For what speaks no TLS. Raises InvalidInput.
     """
-    host, _ = split_address(address)
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not loopback and not insecure:
+    if not is_loopback(address) and not insecure:
         raise InvalidInput(
             f"{address} is not a loopback address and traffic is not encrypted: use 127.0.0.1, "
             "or accept that anyone on the way can read and change it with --insecure"
         )
 
 
-def open_channel(address: str, insecure: bool) -> grpc.Channel:
-    """A channel to a service; connects when first used."""
-    check_open(address, insecure)
-    return grpc.insecure_channel(address, options=_CLIENT_OPTIONS)
+def open_channel(
+    address: str, credentials: grpc.ChannelCredentials | None = None, server_name: str = ""
+) -> grpc.Channel:
+    """A channel to a service; connects when first used. Without credentials it is not encrypted.
+
+    `server_name` is the name in the service's certificate where that is not the address's host.
+    """
+    options = _client_options(server_name)
+    if credentials is None:
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, credentials, options=options)
 
 
-def open_aio_channel(address: str, insecure: bool) -> grpc.aio.Channel:
+def open_aio_channel(
+    address: str, credentials: grpc.ChannelCredentials | None = None, server_name: str = ""
+) -> grpc.aio.Channel:
     """As `open_channel`, for the running event loop."""
-    check_open(address, insecure)
-    return grpc.aio.insecure_channel(address, options=_CLIENT_OPTIONS)
+    options = _client_options(server_name)
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, credentials, options=options)
 
 
-def make_server(service_names: Sequence[str]) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
+def _client_options(server_name: str) -> list[tuple[str, str | int]]:
+    name = [("grpc.ssl_target_name_override", server_name)] if server_name else []
+    return [*_CLIENT_OPTIONS, *name]
+
+
+def make_server(
+    service_names: Sequence[str],
+    more: Sequence[grpc.aio.ServerInterceptor] = (),
+    on_refused: OnRefused = lambda method, error: None,
+) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
     """A server with our error statuses, and the standard health and reflection services.
 
     `service_names` are the full names of the services that the caller will add. Health knows none
-    of them until `set_serving`.
+    of them until `set_serving`. `more` are interceptors whose errors become statuses, too;
+    `on_refused` hears of every call that ends with an error.
     """
-    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_SERVER_OPTIONS)
+    server = grpc.aio.server(
+        interceptors=[ErrorInterceptor(on_refused), *more], options=_SERVER_OPTIONS
+    )
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     names = (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -109,12 +141,19 @@ async def set_serving(
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
 
 
-def bind(server: grpc.aio.Server, address: str, insecure: bool) -> str:
-    """Bind the server and return the address it really has (port 0 takes a free one)."""
-    check_open(address, insecure)
+def bind(
+    server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None = None
+) -> str:
+    """Bind the server and return the address it really has (port 0 takes a free one).
+
+    Without credentials connections are not encrypted: see `check_open`.
+    """
     host, _ = split_address(address)
     try:
-        port = server.add_insecure_port(address)
+        if credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
     except RuntimeError:
         port = 0
     if port == 0:

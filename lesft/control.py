@@ -7,10 +7,12 @@ and serves it with a `ControlServer`.
 import asyncio
 import json
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -19,7 +21,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
+from lesft.bad_requests import CarefulProtocol
 from lesft.channel import check_open, split_address
 from lesft.errors import InternalError, InvalidInput, LesftError, NotFound, Unreachable, status_of
 from lesft.files import write_atomically
@@ -55,7 +59,11 @@ def make_control_app(
         """Answers as long as the process lives."""
         return "ok\n"
 
-    @app.get("/readyz", response_class=PlainTextResponse)
+    not_ready: dict[int | str, dict[str, Any]] = {
+        503: {"description": "Not ready; the body says why."}
+    }
+
+    @app.get("/readyz", response_class=PlainTextResponse, responses=not_ready)
     async def readyz() -> PlainTextResponse:
         """200 when the service can do its work, else 503 and the reason."""
         reason = ready()
@@ -109,10 +117,12 @@ class ControlServer:
     Installs no signal handlers: the service owns those.
     """
 
-    def __init__(self, app: FastAPI, insecure: bool) -> None:
-        """`insecure` allows addresses beyond this machine; see `lesft.channel.check_open`."""
+    def __init__(self, app: ASGIApp, insecure: bool, tls: ssl.SSLContext | None = None) -> None:
+        """`insecure` allows addresses beyond this machine without `tls`; see `check_open`."""
         config = uvicorn.Config(
             app,
+            ssl_context_factory=None if tls is None else lambda config, default: tls,
+            http=CarefulProtocol,
             lifespan="off",
             log_config=None,
             log_level="warning",
@@ -120,7 +130,7 @@ class ControlServer:
             timeout_graceful_shutdown=2,
         )
         self._server = _QuietServer(config)
-        self._insecure = insecure
+        self._may_be_open = insecure or tls is not None
         self._socket: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
         self._thread: threading.Thread | None = None
@@ -131,7 +141,7 @@ class ControlServer:
         Raises InvalidInput for an address that is malformed or open by accident, Unreachable
         when it cannot be listened on.
         """
-        self._socket, real_address = _listen(address, self._insecure)
+        self._socket, real_address = _listen(address, self._may_be_open)
         self._task = asyncio.create_task(self._server.serve([self._socket]))
         return real_address
 
@@ -144,7 +154,7 @@ class ControlServer:
 
     def start_in_thread(self, address: str) -> str:
         """As `start`, for a program that is not asynchronous."""
-        self._socket, real_address = _listen(address, self._insecure)
+        self._socket, real_address = _listen(address, self._may_be_open)
         self._thread = threading.Thread(
             target=self._server.run, args=([self._socket],), name="control", daemon=True
         )
@@ -169,8 +179,8 @@ class _QuietServer(uvicorn.Server):
         yield
 
 
-def _listen(address: str, insecure: bool) -> tuple[socket.socket, str]:
-    check_open(address, insecure)
+def _listen(address: str, may_be_open: bool) -> tuple[socket.socket, str]:
+    check_open(address, may_be_open)
     host, port = split_address(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -192,6 +202,7 @@ def _listen(address: str, insecure: bool) -> tuple[socket.socket, str]:
 def write_endpoints(state_dir: Path, addresses: Mapping[str, str]) -> None:
     """Leave the real addresses in endpoints.json, for whoever started the service on port 0.
 
-    `addresses` maps "grpc" and "control" to HOST:PORT. The file appears whole or not at all.
+    `addresses` maps "grpc" and "control" to HOST:PORT, and where the service has clients "tls" to
+    "off", "own" or "site", and "public_host" to that setting. The file appears whole or not at all.
     """
     write_atomically(state_dir / ENDPOINTS_FILE, json.dumps(dict(addresses)).encode())

@@ -53,6 +53,10 @@ class Busy(LesftError):
     """A service has no room for more work now; it will have some later."""
 
 
+class NotAuthenticated(LesftError):
+    """Who asks has not shown who it is: no certificate or token, or one that is not good here."""
+
+
 class NotAllowed(LesftError):
     """What was asked for is there, but its owner does not give it away."""
 
@@ -92,6 +96,7 @@ STATUS: dict[type[LesftError], Status] = {
     NotFound: Status(StatusCode.NOT_FOUND, 404),
     TooLarge: Status(StatusCode.RESOURCE_EXHAUSTED, 413),
     Busy: Status(StatusCode.RESOURCE_EXHAUSTED, 503),
+    NotAuthenticated: Status(StatusCode.UNAUTHENTICATED, 401),
     NotAllowed: Status(StatusCode.PERMISSION_DENIED, 403),
     RunStopped: Status(StatusCode.ABORTED, 410),
     Unreachable: Status(StatusCode.UNAVAILABLE, 503),
@@ -103,6 +108,9 @@ MAX_MESSAGE_BYTES = 1000
 """What a message may have at most: with its percent-encoding and its copy in the status details it
 must fit into HTTP/2 trailers, which gRPC cuts off at 8 KiB."""
 
+_MAX_CHARACTERS_READ = 8 * MAX_MESSAGE_BYTES
+"""How far into a message `one_line` looks: one that quotes megabytes must cost no time."""
+
 _BY_NAME = {error.__name__: error for error in STATUS}
 
 _BY_CODE: dict[StatusCode, type[LesftError]] = {
@@ -111,6 +119,7 @@ _BY_CODE: dict[StatusCode, type[LesftError]] = {
     StatusCode.ALREADY_EXISTS: AlreadyJoined,
     StatusCode.NOT_FOUND: NotFound,
     StatusCode.RESOURCE_EXHAUSTED: TooLarge,
+    StatusCode.UNAUTHENTICATED: NotAuthenticated,
     StatusCode.PERMISSION_DENIED: NotAllowed,
     StatusCode.ABORTED: RunStopped,
     StatusCode.UNAVAILABLE: Unreachable,
@@ -140,13 +149,23 @@ def error_for(name: str | None, code: StatusCode) -> type[LesftError]:
     return _BY_CODE.get(code, InternalError)
 
 
+def error_for_http(name: str, status: int) -> type[LesftError]:
+    """The error class for a class name in an answer over HTTP, or else for the bare status."""
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    if status >= 500:
+        return Unreachable
+    return next((kind for kind, known in STATUS.items() if known.http == status), InvalidInput)
+
+
 def one_line(message: str) -> str:
     """A message that may quote what a stranger sent, fit for logs, terminals and trailers.
 
     Printable characters on one line, at most MAX_MESSAGE_BYTES of UTF-8; a longer one ends in "…".
     """
-    printable = "".join(char if char.isprintable() else " " for char in message)
-    text = " ".join(printable.split())
+    read = message[:_MAX_CHARACTERS_READ]
+    printable = "".join(char if char.isprintable() else " " for char in read)
+    text = " ".join(printable.split()) + "…" * (len(read) < len(message))
     if len(text.encode()) <= MAX_MESSAGE_BYTES:
         return text
     cut = text.encode()[: MAX_MESSAGE_BYTES - len("…".encode())]

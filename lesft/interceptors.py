@@ -16,12 +16,26 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from lesft.errors import InternalError, InvalidInput, LesftError, error_for, one_line, status_of
+from lesft.errors import (
+    InternalError,
+    InvalidInput,
+    LesftError,
+    NotFound,
+    error_for,
+    one_line,
+    status_of,
+)
 
 log = logging.getLogger(__name__)
 
 DOMAIN = "lesft"
 _DETAILS_KEY = "grpc-status-details-bin"
+
+NO_METHOD = "none"
+"""Stands for the methods that strangers make up."""
+
+OnRefused = Callable[[str, LesftError], None]
+"""Hears of refused calls: the method, such as lesft.v1.TrainingService/Train, and the error."""
 
 
 def status_details(error: LesftError, message: str) -> bytes:
@@ -74,6 +88,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     tree is a bug: it is logged with its traceback and told as INTERNAL without details.
     """
 
+    def __init__(self, on_refused: OnRefused = lambda method, error: None) -> None:
+        """`on_refused` hears of every call that ends so, and of those to no method of ours."""
+        self._on_refused = on_refused
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
@@ -81,6 +99,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         handler = await continuation(handler_call_details)
         if handler is None:
+            self._on_refused(NO_METHOD, NotFound("the service has no such method"))
             return None
         requests = "stream" if handler.request_streaming else "unary"
         responses = "stream" if handler.response_streaming else "unary"
@@ -91,10 +110,17 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         read_single, read_each = (None, read) if requests == "stream" else (read, None)
         wrap = _generating if inspect.isasyncgenfunction(behaviour) else _awaiting
         make = getattr(grpc, f"{requests}_{responses}_rpc_method_handler")
-        return make(wrap(behaviour, read_single), read_each, handler.response_serializer)
+        method = handler_call_details.method.removeprefix("/")
+
+        async def refuse(context: _Context, error: Exception) -> None:
+            await _abort(context, error, lambda known: self._on_refused(method, known))
+
+        return make(wrap(behaviour, read_single, refuse), read_each, handler.response_serializer)
 
 
 _Read = Callable[[bytes], Any]
+_Context = grpc.aio.ServicerContext[Any, Any]
+_Refuse = Callable[[_Context, Exception], Awaitable[None]]
 
 
 def _reader(deserialize: _Read | None) -> _Read:
@@ -111,40 +137,41 @@ def _reader(deserialize: _Read | None) -> _Read:
 
 
 def _awaiting(
-    behaviour: Callable[..., Awaitable[Any]], read: _Read | None
+    behaviour: Callable[..., Awaitable[Any]], read: _Read | None, refuse: _Refuse
 ) -> Callable[..., Awaitable[Any]]:
     """For handlers that return their response, or write their responses to the context."""
 
-    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    async def call(request: Any, context: _Context) -> Any:
         try:
             return await behaviour(read(request) if read else request, context)
         except Exception as error:
-            await _abort(context, error)
+            await refuse(context, error)
 
     return call
 
 
 def _generating(
-    behaviour: Callable[..., AsyncIterator[Any]], read: _Read | None
+    behaviour: Callable[..., AsyncIterator[Any]], read: _Read | None, refuse: _Refuse
 ) -> Callable[..., AsyncIterator[Any]]:
     """For handlers that yield their responses."""
 
-    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+    async def call(request: Any, context: _Context) -> AsyncIterator[Any]:
         try:
             async for response in behaviour(read(request) if read else request, context):
                 yield response
         except Exception as error:
-            await _abort(context, error)
+            await refuse(context, error)
 
     return call
 
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
+async def _abort(context: _Context, error: Exception, tell: Callable[[LesftError], None]) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if not isinstance(error, LesftError):
         log.error("a handler failed", exc_info=error)
         error = InternalError("internal error; the service's log has the details")
+    tell(error)
     message = one_line(str(error))
     details = ((_DETAILS_KEY, status_details(error, message)),)
     await context.abort(status_of(error).grpc, message, trailing_metadata=details)

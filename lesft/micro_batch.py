@@ -76,7 +76,8 @@ class StepResult:
     tokens, unscaled, in nats.
     `class_counts` are its salient, sub-salient and irrelevant tokens, where there are classes.
     `checkpoint` says that the client is to take a checkpoint when the round is done. `held` are
-    those of the micro-batch's `samples` that need not be sent again.
+    those of the micro-batch's `samples` that need not be sent again. `receipt` is a serialized
+    Receipt where the adapters are averaged after this round, for the aggregator alone.
     """
 
     key: StepKey
@@ -87,6 +88,7 @@ class StepResult:
     class_counts: tuple[int, int, int] | None
     checkpoint: bool = False
     held: tuple[int, ...] = ()
+    receipt: bytes = b""
 
 
 def sum_class_counts(results: Sequence[StepResult]) -> tuple[int, int, int] | None:

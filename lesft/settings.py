@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
+    CliPositionalArg,
     CliSettingsSource,
     EnvSettingsSource,
     PydanticBaseSettingsSource,
@@ -32,6 +33,7 @@ _METAVARS = {
     "float": "X",
     "Path": "PATH",
     "tuple[str,...]": "A,B,...",
+    "tuple[Path,...]": "PATH,PATH,...",
     "tuple[int,...]": "N,M,...",
 }
 _DEFAULTS_THAT_SAY_NOTHING = (
@@ -99,12 +101,14 @@ class _Environment(EnvSettingsSource):
 S = TypeVar("S", bound=ServiceSettings)
 
 
-def load_settings(kind: type[S], prog: str, argv: list[str]) -> S:
+def load_settings(kind: type[S], prog: str, argv: list[str], more_help: str = "") -> S:
     """Settings from `argv`, the environment and the TOML file that --config names.
+
+    `more_help` ends the help.
 
     Prints what is wrong, option by option, and exits with status 2 when they cannot be used.
     """
-    command_line = _command_line(kind, prog, argv)
+    command_line = _command_line(kind, prog, argv, more_help)
     given = _Given(kind, command_line.env_vars)
     try:
         given.read_file()
@@ -115,6 +119,8 @@ def load_settings(kind: type[S], prog: str, argv: list[str]) -> S:
         _fail(prog, f"--config: {given.file} cannot be read: {error.strerror}")
     except ValueError as error:
         _fail(prog, f"--config: {given.file} is not TOML: {error}")
+    except RecursionError:
+        _fail(prog, f"--config: {given.file} is not TOML: nested too deeply")
 
 
 def _fail(prog: str, *messages: str) -> NoReturn:
@@ -132,16 +138,30 @@ class _Parser(argparse.ArgumentParser):
         _fail(self.prog, message.removeprefix("argument "))
 
 
-def _command_line(kind: type[S], prog: str, argv: list[str]) -> CliSettingsSource[Any]:
+def _command_line(
+    kind: type[S], prog: str, argv: list[str], more_help: str
+) -> CliSettingsSource[Any]:
     """What the command line gives; exits after --help and for options that do not exist."""
-    required = [_option(name) for name, field in kind.model_fields.items() if field.is_required()]
+    positional = [name for name, field in kind.model_fields.items() if _is_positional(field)]
+    required = [
+        _option(name)
+        for name, field in kind.model_fields.items()
+        if field.is_required() and name not in positional
+    ]
     example = max(_names(kind), key=lambda name: ("." in name, "_" in name))
     epilog = f"{_VARIABLES}{_AND_FILE * ('config' in kind.model_fields)}."
     parser = _Parser(
         prog=prog,
-        usage=" ".join([prog, *(f"{option} ..." for option in required), "[OPTIONS]"]),
+        usage=" ".join(
+            [
+                prog,
+                *(name.upper() for name in positional),
+                *(f"{option} ..." for option in required),
+                "[OPTIONS]",
+            ]
+        ),
         description=kind.__doc__,
-        epilog=epilog.format(variable=_variable(kind, example), key=example),
+        epilog=epilog.format(variable=_variable(kind, example), key=example) + more_help,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -204,6 +224,11 @@ def _names(model: type[BaseModel]) -> Iterator[str]:
         yield from (f"{name}.{inner}" for kind in nested for inner in _names(kind))
         if not nested:
             yield name
+
+
+def _is_positional(field: FieldInfo) -> bool:
+    """Whether a setting is given on the command line without its name."""
+    return get_args(CliPositionalArg[str])[1] in field.metadata
 
 
 def _did_you_mean(name: str, kind: type[ServiceSettings], spell: Callable[[str], str]) -> str:

@@ -6,6 +6,7 @@ spec, hands it to each client, and nobody changes it in mid-run.
 
 import hashlib
 import json
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -15,15 +16,19 @@ Encoding = Literal["raw", "bf16"]
 
 PROTOCOL_VERSION = 3
 
+CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+"""What a client's name may be."""
+
 
 class _Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A number that is not finite passes no JSON, and NaN passes many a bound.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class LoraSpec(_Spec):
     """The low-rank adapters on both sides (METHOD section 1)."""
 
-    rank: int = Field(8, ge=1, description="LoRA rank r.")
+    rank: int = Field(8, ge=1, le=4096, description="LoRA rank r.")
     alpha: float = Field(16, gt=0, description="LoRA alpha; updates are scaled by alpha / rank.")
     dropout: float = Field(0.2, ge=0, lt=1, description="Dropout on the adapters' input.")
     target_modules: tuple[str, ...] = Field(

@@ -4,7 +4,7 @@ What comes in is hostile until checked: lengths before a byte of the bundle is a
 dtypes, shapes, finiteness and the range of the label ids.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +91,13 @@ def _sample_tensors(base: Path, targets: Targets) -> dict[str, torch.Tensor]:
 
 # ---------------------------------------------------------------------- micro-batch, server side
 
+Admit = Callable[[str, torch.Tensor], torch.Tensor]
+"""What a service does about activations that it has decoded, by name; see `lesft.norms`."""
+
+
+def _as_it_is(name: str, activations_ND: torch.Tensor) -> torch.Tensor:
+    return activations_ND
+
 
 def check_lengths(header: training_pb2.MicroBatch | training_pb2.HeldOut, limits: Limits) -> None:
     """Check a header's lengths. Raises InvalidInput or TooLarge.
@@ -118,17 +125,23 @@ def check_lengths(header: training_pb2.MicroBatch | training_pb2.HeldOut, limits
 
 def check_samples(header: training_pb2.MicroBatch, spec: RunSpec, num_samples: int) -> None:
     """Check which of a client's `num_samples` samples a micro-batch is of. Raises InvalidInput."""
-    samples, enclosed = list(header.samples), list(header.enclosed)
     if spec.train_front:
-        if samples or enclosed:
+        if header.samples or header.enclosed:
             raise InvalidInput(
                 "samples must be empty: in this run clients train, and send all activations anew"
             )
         return
-    if not 1 <= len(samples) <= spec.batch_size:
+    if not 1 <= len(header.samples) <= spec.batch_size:
         raise InvalidInput(
-            f"samples must have 1 to {spec.batch_size} entries (batch_size), got {len(samples)}"
+            f"samples must have 1 to {spec.batch_size} entries (batch_size), got "
+            f"{len(header.samples)}"
         )
+    if len(header.enclosed) > len(header.samples):
+        raise InvalidInput(
+            f"enclosed must have at most {len(header.samples)} entries (samples), got "
+            f"{len(header.enclosed)}"
+        )
+    samples, enclosed = list(header.samples), list(header.enclosed)
     if max(samples) >= num_samples:
         raise InvalidInput(
             f"samples: the client has samples 0 to {num_samples - 1}, got {max(samples)}"
@@ -167,12 +180,12 @@ def _check_path(
 
 
 def micro_batch_from_message(
-    header: training_pb2.MicroBatch, data: bytes, limits: Limits
+    header: training_pb2.MicroBatch, data: bytes, limits: Limits, admit: Admit = _as_it_is
 ) -> MicroBatch:
-    """The micro-batch of a checked header and its bundle.
+    """The micro-batch of a checked header and its bundle; `admit` may cut down activations.
 
-    Raises BundleError for a wrong name, dtype, shape or value, InvalidInput for a label id that is
-    not in the vocabulary.
+    Raises what `admit` raises, BundleError for a wrong name, dtype, shape or value, InvalidInput
+    for a label id that is not in the vocabulary.
     """
     key = StepKey(header.round, header.micro)
     samples, enclosed = tuple(header.samples), tuple(header.enclosed)
@@ -183,7 +196,7 @@ def micro_batch_from_message(
     paths = {"base": tuple(header.base_lengths)}
     if header.reference_lengths:
         paths["reference"] = tuple(header.reference_lengths)
-    tensors = _decode_samples(paths, tuple(header.target_lengths), data, limits)
+    tensors = _decode_samples(paths, tuple(header.target_lengths), data, limits, admit)
     return MicroBatch(
         key=key,
         base=Path(tensors["base"], paths["base"]),
@@ -195,16 +208,20 @@ def micro_batch_from_message(
 
 
 def held_out_from_message(
-    header: training_pb2.HeldOut, data: bytes, limits: Limits
+    header: training_pb2.HeldOut, data: bytes, limits: Limits, admit: Admit = _as_it_is
 ) -> tuple[Path, Targets]:
     """The held-out samples of a checked header and its bundle; raises as for micro-batches."""
     base_lengths, target_lengths = tuple(header.base_lengths), tuple(header.target_lengths)
-    tensors = _decode_samples({"base": base_lengths}, target_lengths, data, limits)
+    tensors = _decode_samples({"base": base_lengths}, target_lengths, data, limits, admit)
     return Path(tensors["base"], base_lengths), Targets(tensors["targets"], target_lengths)
 
 
 def _decode_samples(
-    paths: dict[str, tuple[int, ...]], target_lengths: tuple[int, ...], data: bytes, limits: Limits
+    paths: dict[str, tuple[int, ...]],
+    target_lengths: tuple[int, ...],
+    data: bytes,
+    limits: Limits,
+    admit: Admit,
 ) -> dict[str, torch.Tensor]:
     floats = encoded_dtypes(limits.spec.activation_encoding)
     expected = {
@@ -215,6 +232,7 @@ def _decode_samples(
     tensors = decode_tensors(data, expected)
     for name in paths:
         check_magnitude(name, tensors[name])
+        tensors[name] = admit(name, tensors[name])
     ids_T = tensors["targets"].long()
     outside = ids_T[(ids_T < 0) | (ids_T >= limits.vocab_size)]
     if len(outside):
@@ -286,4 +304,5 @@ def result_from_message(
         class_counts=(counts[0], counts[1], counts[2]) if len(counts) == 3 else None,
         checkpoint=header.checkpoint,
         held=tuple(header.held),
+        receipt=header.receipt.SerializeToString() if header.HasField("receipt") else b"",
     )

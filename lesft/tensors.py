@@ -9,12 +9,15 @@ import torch
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 
+from lesft.bundle import check_header
 from lesft.errors import BundleError
 from lesft.spec import Encoding
 
 HEADER_BYTES = 4096
 """Room for a bundle's own header beside its tensors, for limits on a bundle's size."""
 
+_ENTRY_BYTES = 256
+"""Room for one tensor's entry in that header."""
 
 _WIRE_DTYPES = {
     "F32": torch.float32,
@@ -62,6 +65,7 @@ def decode_tensors(data: bytes, expected: Mapping[str, TensorSpec]) -> dict[str,
     Raises BundleError unless the bundle holds exactly the expected names with an expected dtype
     and shape, and only finite numbers.
     """
+    check_header("bundle", data, HEADER_BYTES + _ENTRY_BYTES * len(expected))
     try:
         views = dict(deserialize(data))  # type: ignore[no-untyped-call]
     except SafetensorError as error:

@@ -5,10 +5,14 @@ import math
 import numpy as np
 from safetensors import SafetensorError, deserialize
 
+from lesft.bundle import check_header
 from lesft.errors import BundleError
 
 Layout = dict[str, tuple[int, ...]]
 """Shape of each tensor of an adapter, by name. All are float32."""
+
+MAX_HEADER_BYTES = 1 << 20
+"""Room for the names and shapes of an adapter's tensors: some thousands of them."""
 
 
 def read_layout(data: bytes) -> Layout:
@@ -17,6 +21,7 @@ def read_layout(data: bytes) -> Layout:
     Raises BundleError when they are no safetensors, hold nothing, or hold anything but finite
     float32 numbers.
     """
+    check_header("adapter", data, MAX_HEADER_BYTES)
     try:
         tensors = deserialize(data)  # type: ignore[no-untyped-call]
     except SafetensorError as error:

@@ -1,14 +1,11 @@
 """Who may take part in the run."""
 
-import re
 from collections.abc import Collection
 from typing import NamedTuple
 
 from lesft.errors import HandshakeMismatch, InvalidInput
-from lesft.spec import PROTOCOL_VERSION
+from lesft.spec import CLIENT_ID, PROTOCOL_VERSION
 from lesft_aggregator.adapters import shown
-
-CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 MAX_NUM_SAMPLES = 1 << 40
 """More samples than any data set has; sums of them stay exact in the database's 64 bits."""

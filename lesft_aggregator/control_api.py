@@ -1,7 +1,7 @@
 """The aggregator's REST API: what an operator may see. Nothing here changes anything."""
 
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import FastAPI, Path
 from fastapi.responses import FileResponse
@@ -9,12 +9,16 @@ from pydantic import BaseModel, Field
 
 from lesft.control import make_control_app
 from lesft.errors import NotFound
+from lesft.live import LivePage
 from lesft.spec import PROTOCOL_VERSION
 from lesft_aggregator import tables
 from lesft_aggregator.metrics import Metrics
 from lesft_aggregator.rounds import Rounds, RoundState
 from lesft_aggregator.settings import AggregatorSettings
 from lesft_aggregator.store import Store
+
+VERSIONS_SHOWN = 20
+"""On the live page; /v1/rounds has them all."""
 
 Version = Annotated[int, Path(ge=1, lt=2**32, description="Version of the averaged adapter.")]
 
@@ -28,6 +32,8 @@ class RunView(BaseModel):
     quorum: int = Field(description="Clients that suffice once the deadline has passed.")
     deadline_seconds: float = Field(description="Deadline after the first submission; 0: none.")
     version: int = Field(description="Newest published version; 0: nothing averaged yet.")
+    waiting_for: str = Field(description="What the open round waits for, in words.")
+    ended: str = Field(description="Why no round goes on any more; empty while they do.")
 
 
 class ClientView(BaseModel):
@@ -46,6 +52,7 @@ class RoundView(BaseModel):
     state: RoundState
     client_ids: list[str] = Field(description="Clients whose submissions are in it.")
     missing: list[str] = Field(description="Known clients that the open round waits for.")
+    deadline: datetime | None = Field(description="When the quorum suffices, once that is known.")
 
 
 class AdapterView(BaseModel):
@@ -59,8 +66,19 @@ class AdapterView(BaseModel):
     created: datetime
 
 
+class AggregatorSnapshot(BaseModel):
+    """What the live page shows: answers of the routes, of the newest versions only."""
+
+    service: Literal["aggregator"] = "aggregator"
+    run: RunView
+    clients: list[ClientView]
+    round: RoundView
+    versions: list[AdapterView]
+    """Newest first, at most VERSIONS_SHOWN."""
+
+
 def make_app(
-    rounds: Rounds, store: Store, settings: AggregatorSettings, metrics: Metrics
+    rounds: Rounds, store: Store, settings: AggregatorSettings, metrics: Metrics, live: LivePage
 ) -> FastAPI:
     """The control app with the aggregator's routes."""
 
@@ -79,6 +97,8 @@ def make_app(
             quorum=settings.required,
             deadline_seconds=settings.deadline_seconds,
             version=rounds.version,
+            waiting_for="" if rounds.ended else rounds.waiting_for(),
+            ended=str(rounds.ended or ""),
         )
 
     @app.get("/v1/clients")
@@ -96,6 +116,7 @@ def make_app(
                 state=RoundState.PUBLISHED,
                 client_ids=adapter.client_ids,
                 missing=[],
+                deadline=None,
             )
             for adapter in store.adapters()
         ]
@@ -113,6 +134,15 @@ def make_app(
         path = store.adapter_path(version)
         return FileResponse(path, media_type="application/octet-stream", filename=path.name)
 
+    async def snapshot() -> AggregatorSnapshot:
+        return AggregatorSnapshot(
+            run=await run(),
+            clients=await clients(),
+            round=_current_view(rounds, store),
+            versions=[_adapter_view(adapter) for adapter in store.newest_adapters(VERSIONS_SHOWN)],
+        )
+
+    live.add_to(app, app.title, snapshot)
     return app
 
 
@@ -141,6 +171,7 @@ def _current_view(rounds: Rounds, store: Store) -> RoundView:
         state=current.state,
         client_ids=[part.client_id for part in store.submissions(current.base_version)],
         missing=rounds.missing(),
+        deadline=current.deadline,
     )
 
 

@@ -1,27 +1,56 @@
-"""The `lesft-aggregator` command."""
+"""The command `lesft-aggregator`."""
 
-import asyncio
-import logging
-import sys
+from lesft.commands import Command, Program
 
-from lesft.settings import load_settings
-from lesft_aggregator.settings import AggregatorSettings
+_SETTINGS = "lesft_aggregator.command_settings"
+_COMMANDS = "lesft.identity.commands"
 
-PROG = "lesft-aggregator"
+PROGRAM = Program(
+    "lesft-aggregator",
+    "The aggregation server of LESFT: it averages the clients' adapters.",
+    (
+        Command(
+            "serve",
+            "average the clients' adapters, round by round",
+            "lesft_aggregator.settings:AggregatorSettings",
+            "lesft_aggregator.server:run",
+        ),
+        Command(
+            "status",
+            "look at a service from any machine, with an access token",
+            f"{_SETTINGS}:StatusSettings",
+            "lesft_aggregator.status:status",
+        ),
+        Command(
+            "enroll",
+            "invite a client: make the token that it enrols with",
+            f"{_SETTINGS}:EnrollSettings",
+            f"{_COMMANDS}:enroll",
+        ),
+        Command(
+            "revoke",
+            "shut a client out, in mid-run too",
+            f"{_SETTINGS}:RevokeSettings",
+            f"{_COMMANDS}:revoke",
+        ),
+        Command(
+            "token",
+            "make or revoke a token for the control API",
+            f"{_SETTINGS}:TokenSettings",
+            f"{_COMMANDS}:token",
+        ),
+        Command(
+            "access",
+            "list who may do what",
+            f"{_SETTINGS}:AccessSettings",
+            f"{_COMMANDS}:access",
+        ),
+    ),
+    default="serve",
+    log_format="%(asctime)s %(levelname)s %(message)s",
+)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the aggregator until SIGTERM or SIGINT; exits with 1 when it cannot run on."""
-    settings = load_settings(AggregatorSettings, PROG, sys.argv[1:] if argv is None else argv)
-    # Only now: gRPC, SQLAlchemy and FastAPI take longer to load than --help may take.
-    from lesft.errors import LesftError
-    from lesft_aggregator.server import serve
-
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
-    try:
-        asyncio.run(serve(settings, announce=lambda line: print(f"{PROG} {line}", flush=True)))
-    except (LesftError, OSError) as error:
-        print(f"{PROG}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    """Entry point."""
+    PROGRAM.run(argv)

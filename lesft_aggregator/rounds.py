@@ -9,6 +9,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from datetime import datetime, timedelta, timezone
 from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,6 +25,8 @@ from lesft.errors import (
     Unreachable,
 )
 from lesft.files import when_there_is_room
+from lesft.logs import note
+from lesft.tracing import span
 from lesft_aggregator.adapters import check_layout, read_layout
 from lesft_aggregator.admission import (
     Introduction,
@@ -32,6 +35,7 @@ from lesft_aggregator.admission import (
     check_protocol,
 )
 from lesft_aggregator.mean import weighted_mean
+from lesft_aggregator.norms import AdapterNorms
 from lesft_aggregator.settings import AggregatorSettings
 from lesft_aggregator.store import Store
 from lesft_aggregator.tables import Adapter, Submission
@@ -64,6 +68,8 @@ class Round:
         self.base_version = base_version
         self.state = RoundState.OPEN
         self.deadline_passed = False
+        self.deadline: datetime | None = None
+        """When it passes or has passed; None until the first submission, or where there is none."""
 
     def move(self, to: RoundState) -> None:
         """Go on to the next state."""
@@ -93,17 +99,20 @@ class Rounds:
         store: Store,
         settings: AggregatorSettings,
         on_published: Callable[[Adapter, float], None],
+        norms: AdapterNorms,
     ) -> None:
         """`on_published` gets each new version and the seconds that averaging it took."""
         self._store = store
         self._settings = settings
         self._on_published = on_published
+        self._norms = norms
         self._changing = asyncio.Lock()
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._ended: LesftError | None = None
-        self._run_fingerprint = ""
+        self.run_fingerprint = ""
+        """That of the first client that joined since the start."""
         self.obstacle = ""
         """Why nothing can be kept at the moment: a full disk."""
         self.current = Round(store.version())
@@ -145,8 +154,9 @@ class Rounds:
     async def _join(self, client: Introduction, run_fingerprint: str) -> int:
         async with self._changing:
             self._check_introduction(client)
-            check_fingerprint(self._run_fingerprint, run_fingerprint)
-            self._run_fingerprint = self._run_fingerprint or run_fingerprint
+            check_fingerprint(self.run_fingerprint, run_fingerprint)
+            log.info("%s joined", client.client_id)
+            self.run_fingerprint = self.run_fingerprint or run_fingerprint
             await asyncio.to_thread(self._store.join, client.client_id, client.num_samples)
             return self.version
 
@@ -207,7 +217,14 @@ class Rounds:
         expected = self._store.layout()
         if expected is not None:
             check_layout(layout, expected)
-        self._store.add_submission(base_version, client.client_id, client.num_samples, data, layout)
+        self._store.add_submission(
+            base_version,
+            client.client_id,
+            client.num_samples,
+            self._norms.admit(data),
+            layout,
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
 
     async def wait_for_version(self, version: int) -> Adapter:
         """A published version, as soon as it is.
@@ -257,8 +274,9 @@ class Rounds:
             self.current.move(RoundState.AVERAGING)
             self._start(self._average(received))
         elif self._settings.deadline_seconds and self._timer is None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._settings.deadline_seconds, self._on_deadline)
+            loop, seconds = asyncio.get_running_loop(), self._settings.deadline_seconds
+            self._timer = loop.call_later(seconds, self._on_deadline)
+            self.current.deadline = datetime.now(timezone.utc) + timedelta(seconds=seconds)
 
     def _on_deadline(self) -> None:
         self._start(self._pass_deadline(self.current))
@@ -287,14 +305,27 @@ class Rounds:
         received = {part.client_id for part in self._store.submissions(self.version)}
         return [row.client_id for row in self._store.clients() if row.client_id not in received]
 
+    def waiting_for(self) -> str:
+        """What the open round waits for, in words."""
+        if self.obstacle:
+            return self.obstacle
+        missing, unknown = self.missing(), self._settings.clients - len(self._store.clients())
+        parts = [f"the adapters of {', '.join(missing)}"] if missing else []
+        if unknown > 0:
+            parts.append(f"{unknown} more {'client' if unknown == 1 else 'clients'} to join")
+        return "; ".join(parts) or "the averaging"
+
     async def _average(self, parts: Sequence[Submission]) -> None:
         version = self.current.base_version + 1
+        note(version=version, client=None)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         start = time.monotonic()
         try:
-            adapter = await self._when_there_is_room(lambda: self._publish(version, parts))
+            base, run_id = version - 1, self._settings.run_id
+            with span("averaging", run_id, base, clients=len(parts), base_version=base):
+                adapter = await self._when_there_is_room(lambda: self._publish(version, parts))
         except Exception:
             log.exception("averaging version %d failed", version)
             message = f"averaging version {version} failed; the aggregator's log has the details"

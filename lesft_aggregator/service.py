@@ -1,28 +1,36 @@
 """The aggregation service over gRPC: handlers check, call and return; `rounds` has the rules."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
 
 from lesft.bundle import CHUNK_BYTES, BundleReader
-from lesft.errors import LesftError, OutOfOrder, TooLarge, Unreachable
+from lesft.errors import Busy, LesftError, OutOfOrder, TooLarge, Unreachable
+from lesft.identity.attestation import Verifier
+from lesft.identity.caller import check_acts_for_itself
+from lesft.intake import Intake
+from lesft.logs import note
+from lesft.tracing import span
 from lesft.v1 import aggregation_pb2 as pb
 from lesft.v1.aggregation_pb2_grpc import AggregationServiceServicer
 from lesft.v1.heartbeat_pb2 import Heartbeat
 from lesft.v1.tensor_pb2 import BundleInfo, Chunk
 from lesft_aggregator.admission import Introduction, check_name
-from lesft_aggregator.intake import Intake
 from lesft_aggregator.metrics import Metrics
+from lesft_aggregator.receipts import check_receipt
 from lesft_aggregator.rounds import Receipt, Rounds
 from lesft_aggregator.settings import AggregatorSettings
 from lesft_aggregator.store import Store
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["AggregationService"].full_name
 
-PROGRESS_SECONDS = 300
-"""A client that stalls for longer loses its room to the others. One chunk may take its time."""
+MAX_SUBMISSIONS_PER_CLIENT = 8
+"""Submissions of one client under way: others than the first while its connection is found broken.
+The bytes of those that wait for room lie in gRPC's windows, of some MiB each."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -37,11 +45,15 @@ class AggregationService(AggregationServiceServicer):
         self._store = store
         self._settings = settings
         self._metrics = metrics
+        self._verifier = Verifier(settings.server_key) if settings.server_key else None
         self._limit_bytes = settings.max_submission_mib << 20
-        self._intake = Intake(self._limit_bytes)
+        self._intake = Intake(self._limit_bytes, "--max-submission-mib")
+        metrics.watch_intake(self._intake)
+        self._submitting: Counter[str] = Counter()
 
     async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinResponse:
         """Takes a client in."""
+        check_acts_for_itself(context, request.client_id)
         client = Introduction(request.client_id, request.run_id, request.num_samples)
         version = await self._rounds.join(request.protocol_version, client, request.run_fingerprint)
         return pb.JoinResponse(
@@ -55,50 +67,81 @@ class AggregationService(AggregationServiceServicer):
     ) -> pb.SubmitResponse:
         """Takes one client's adapter."""
         try:
-            receipt = await self._submit(requests)
+            receipt = await self._submit(requests, context)
         except LesftError as error:
             self._metrics.submissions.labels(type(error).__name__).inc()
             raise
         self._metrics.submissions.labels("repeated" if receipt.repeated else "accepted").inc()
         return pb.SubmitResponse(version=receipt.version, received=receipt.received)
 
-    async def _submit(self, requests: AsyncIterator[pb.SubmitRequest]) -> Receipt:
-        header = await _header(requests)
+    async def _submit(self, requests: AsyncIterator[pb.SubmitRequest], context: Context) -> Receipt:
+        header = await self._header(requests)
+        check_acts_for_itself(context, header.client_id)
+        if self._verifier is not None:
+            check_receipt(self._verifier, header, self._rounds.run_fingerprint)
         client = Introduction(header.client_id, header.run_id, header.num_samples)
         self._rounds.check(client, header.base_version)
+        note(client=header.client_id, version=header.base_version + 1)
         if header.bundle.total_bytes > self._limit_bytes:
             raise TooLarge(
                 f"adapter of {header.bundle.total_bytes} bytes announced, but at most "
                 f"{self._limit_bytes} are accepted: lower the LoRA rank, or restart the "
                 "aggregator with a larger --max-submission-mib"
             )
-        async with self._intake.room(header.bundle.total_bytes):
-            data = await self._receive(header.bundle, requests)
-            return await self._rounds.submit(client, header.base_version, data)
+        version = header.base_version
+        traced = span(
+            "submission", header.run_id, version, client=header.client_id, base_version=version
+        )
+        with self._one_more_of(header.client_id), traced:
+            async with self._intake.room(header.bundle.total_bytes):
+                data = await self._receive(header.client_id, header.bundle, requests)
+                return await self._rounds.submit(client, header.base_version, data)
+
+    @contextmanager
+    def _one_more_of(self, client_id: str) -> Iterator[None]:
+        """One submission of a client as long as the block lasts. Raises Busy."""
+        if self._submitting[client_id] == MAX_SUBMISSIONS_PER_CLIENT:
+            self._metrics.limits.inc("submissions of one client")
+            raise Busy(
+                f"{MAX_SUBMISSIONS_PER_CLIENT} submissions of client {client_id!r} are under way "
+                "already: try again in a while"
+            )
+        self._submitting[client_id] += 1
+        try:
+            yield
+        finally:
+            self._submitting[client_id] -= 1
+            if not self._submitting[client_id]:
+                del self._submitting[client_id]
 
     async def _receive(
-        self, bundle: BundleInfo, requests: AsyncIterator[pb.SubmitRequest]
+        self, client_id: str, bundle: BundleInfo, requests: AsyncIterator[pb.SubmitRequest]
     ) -> bytes:
+        received = self._metrics.received_bytes.labels(self._label(client_id))
         reader = BundleReader(bundle, self._limit_bytes)
-        while (request := await _next(requests)) is not None:
+        while (request := await self._next(requests)) is not None:
             if request.WhichOneof("message") != "chunk":
                 raise OutOfOrder("after the submission only chunks may follow")
-            self._metrics.received_bytes.inc(len(request.chunk.data))
+            received.inc(len(request.chunk.data))
             reader.add(request.chunk)
         # The checksum of a large bundle takes a while: not on the event loop.
         return await asyncio.to_thread(reader.data)
+
+    def _label(self, client_id: str) -> str:
+        """Names that strangers make up must not become labels, which are kept for ever."""
+        known = any(client.client_id == client_id for client in self._store.clients())
+        return client_id if known else ""
 
     async def Fetch(
         self, request: pb.FetchRequest, context: Context
     ) -> AsyncIterator[pb.FetchResponse]:
         """Waits for a version, with heartbeats, and sends it from disk, chunk by chunk."""
+        check_acts_for_itself(context, request.client_id)
         check_name(request.client_id, request.run_id, self._settings.run_id)
         waiting = asyncio.create_task(self._rounds.wait_for_version(request.version))
         try:
             while not (await asyncio.wait([waiting], timeout=self._settings.heartbeat_seconds))[0]:
-                missing = ", ".join(self._rounds.missing())
-                waiting_for = f"the adapters of {missing}" if missing else "the averaging"
-                waiting_for = self._rounds.obstacle or waiting_for
+                waiting_for = self._rounds.waiting_for()
                 yield pb.FetchResponse(heartbeat=Heartbeat(waiting_for=waiting_for))
             adapter = waiting.result()
         finally:
@@ -112,27 +155,27 @@ class AggregationService(AggregationServiceServicer):
                 bundle=bundle,
             )
         )
+        sent = self._metrics.sent_bytes.labels(self._label(request.client_id))
         with self._store.adapter_path(adapter.version).open("rb") as file:
             for index, start in enumerate(range(0, adapter.num_bytes, CHUNK_BYTES)):
                 data = file.read(min(CHUNK_BYTES, adapter.num_bytes - start))
-                self._metrics.sent_bytes.inc(len(data))
+                sent.inc(len(data))
                 yield pb.FetchResponse(chunk=Chunk(index=index, data=data))
 
+    async def _header(self, requests: AsyncIterator[pb.SubmitRequest]) -> pb.Submission:
+        request = await self._next(requests)
+        if request is None or request.WhichOneof("message") != "submission":
+            raise OutOfOrder("a submission's first message must be its header, then its chunks")
+        return request.submission
 
-async def _header(requests: AsyncIterator[pb.SubmitRequest]) -> pb.Submission:
-    request = await _next(requests)
-    if request is None or request.WhichOneof("message") != "submission":
-        raise OutOfOrder("a submission's first message must be its header, then its chunks")
-    return request.submission
-
-
-async def _next(requests: AsyncIterator[pb.SubmitRequest]) -> pb.SubmitRequest | None:
-    """The client's next message; None after its last. Raises Unreachable when it stalls."""
-    try:
-        return await asyncio.wait_for(anext(requests), PROGRESS_SECONDS)
-    except StopAsyncIteration:
-        return None
-    except asyncio.TimeoutError:
-        raise Unreachable(
-            f"nothing came for {PROGRESS_SECONDS} s in mid-submission: submit again"
-        ) from None
+    async def _next(self, requests: AsyncIterator[pb.SubmitRequest]) -> pb.SubmitRequest | None:
+        """The client's next message; None after its last. Raises Unreachable when it stalls."""
+        seconds = self._settings.stall_seconds
+        try:
+            return await asyncio.wait_for(anext(requests), seconds)
+        except StopAsyncIteration:
+            return None
+        except asyncio.TimeoutError:
+            raise Unreachable(
+                f"nothing came for {seconds:g} s in mid-submission: submit again"
+            ) from None

@@ -47,7 +47,8 @@ class Store:
         self._lock = lock_folder(state, "aggregator")
         if fresh:
             _drop(state, self._submissions, self._adapters)
-        self._engine = create_engine(f"sqlite:///{state / DATABASE_FILE}")
+        self._database = state / DATABASE_FILE
+        self._engine = create_engine(f"sqlite:///{self._database}")
         event.listen(self._engine, "connect", _set_pragmas)
         try:
             Table.metadata.create_all(self._engine)
@@ -109,6 +110,22 @@ class Store:
         with self._session() as session:
             return session.scalars(select(Adapter).order_by(Adapter.version)).all()
 
+    def newest_adapters(self, most: int) -> Sequence[Adapter]:
+        """The newest published versions, newest first."""
+        query = select(Adapter).order_by(Adapter.version.desc()).limit(most)
+        with self._session() as session:
+            return session.scalars(query).all()
+
+    def adapter_bytes(self) -> int:
+        """Size of all published versions."""
+        with self._session() as session:
+            return session.scalar(select(func.sum(Adapter.num_bytes))) or 0
+
+    def database_bytes(self) -> int:
+        """Size of the database's files."""
+        files = self._database.parent.glob(f"{self._database.name}*")
+        return sum(file.stat().st_size for file in files)
+
     def submission_path(self, base_version: int, client_id: str) -> Path:
         """Where a submission lies until it has been averaged."""
         return self._submissions / f"{base_version:05}-{client_id}.safetensors"
@@ -123,11 +140,18 @@ class Store:
             _remember(session, client_id, num_samples)
 
     def add_submission(
-        self, base_version: int, client_id: str, num_samples: int, data: bytes, layout: Layout
+        self,
+        base_version: int,
+        client_id: str,
+        num_samples: int,
+        data: bytes,
+        layout: Layout,
+        sha256: str = "",
     ) -> None:
         """Keep a submission; it would survive a power cut when this returns.
 
-        The first of the run fixes the layout. Raises OSError when the disk does not take it;
+        `sha256` is of what the client sent, where `data` was made from that. The first of the run
+        fixes the layout. Raises OSError when the disk does not take it;
         nothing has changed then.
         """
         write_atomically(self.submission_path(base_version, client_id), data)
@@ -140,7 +164,7 @@ class Store:
                     base_version=base_version,
                     client_id=client_id,
                     num_samples=num_samples,
-                    sha256=hashlib.sha256(data).hexdigest(),
+                    sha256=sha256 or hashlib.sha256(data).hexdigest(),
                     num_bytes=len(data),
                     received=time.time(),
                 )

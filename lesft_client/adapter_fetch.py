@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 from lesft.adapter_halves import AdapterHalf, back_tensor_specs
 from lesft.bundle import BundleReader
-from lesft.channel import open_channel
 from lesft.errors import BundleError, HandshakeMismatch
 from lesft.interceptors import remote_errors
 from lesft.spec import PROTOCOL_VERSION
 from lesft.tensors import HEADER_BYTES, decode_tensors
 from lesft.v1 import model_pb2, model_pb2_grpc
+from lesft_client.connector import Connector
 from lesft_client.patience import patiently
 
 MAX_LAYERS = 1024
@@ -19,21 +19,19 @@ _NAME_BYTES = 256
 """Room for a tensor's entry in its bundle's header."""
 
 
-def fetch_back(
-    server: str, insecure: bool, patience_seconds: float, front: AdapterHalf
-) -> AdapterHalf:
+def fetch_back(connector: Connector, patience_seconds: float, front: AdapterHalf) -> AdapterHalf:
     """The half that belongs to `front`.
 
     Raises NotAllowed or OutOfOrder when the server does not hand it out, or not yet,
     HandshakeMismatch when it has another one, BundleError or TooLarge for one that cannot be right.
     """
-    party = f"server {server}"
+    party = f"server {connector.address}"
     request = model_pb2.FetchAdapterRequest(
         protocol_version=PROTOCOL_VERSION,
         spec_fingerprint=front.info.spec_fingerprint,
         rounds=front.info.rounds,
     )
-    with open_channel(server, insecure) as channel:
+    with connector.open() as channel:
         stub = model_pb2_grpc.ModelServiceStub(channel)
 
         def call() -> AdapterHalf:

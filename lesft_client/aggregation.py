@@ -12,11 +12,11 @@ from lesft.errors import BundleError, OutOfOrder, Unreachable
 from lesft.interceptors import remote_errors
 from lesft.spec import PROTOCOL_VERSION
 from lesft.tensors import HEADER_BYTES, TensorSpec, decode_tensors, encode_tensors
-from lesft.v1 import aggregation_pb2, aggregation_pb2_grpc
+from lesft.v1 import aggregation_pb2, aggregation_pb2_grpc, receipt_pb2
+from lesft.wire import WireCounter
 from lesft_client.link import Patience
 from lesft_client.patience import patiently
 from lesft_client.watchdog import Watchdog
-from lesft_client.wire import WireCounter
 
 T = TypeVar("T")
 
@@ -86,7 +86,9 @@ class Aggregator:
         self._wire.add("down", "other", response.ByteSize())
         return response.version
 
-    def submit(self, base_version: int, state: Mapping[str, torch.Tensor]) -> None:
+    def submit(
+        self, base_version: int, state: Mapping[str, torch.Tensor], receipt: bytes = b""
+    ) -> None:
         """Step 8: hand in this client's adapter, trained from `base_version`."""
         data = encode_tensors(state, "raw")
         submission = aggregation_pb2.Submission(
@@ -95,6 +97,7 @@ class Aggregator:
             base_version=base_version,
             num_samples=self._num_samples,
             bundle=bundle_info(data),
+            receipt=receipt_pb2.Receipt.FromString(receipt) if receipt else None,
         )
 
         def messages(watchdog: Watchdog) -> Iterator[aggregation_pb2.SubmitRequest]:
@@ -166,7 +169,9 @@ class Aggregator:
                 with remote_errors(self._party):
                     yield watchdog
             except (Unreachable, ValueError) as error:
-                # gRPC raises ValueError for a call on a channel that was closed meanwhile.
+                # The next try connects anew, with the certificate that is good by then. gRPC raises
+                # ValueError for a call on a channel that was closed meanwhile.
+                self.close()
                 if watchdog.bitten:
                     raise Unreachable(
                         f"{self._party}: nothing was heard of it for {watchdog.seconds:g} s"

@@ -1,18 +1,26 @@
 """The client's local control API."""
 
+from typing import Literal
+
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from pydantic import BaseModel
 
 from lesft.control import make_control_app
-from lesft_client.status import Status, StatusBody
+from lesft.live import Curve, LivePage
+from lesft_client.status import Status, StatusBody, StatusFigures
 
 
-def make_app(status: Status) -> FastAPI:
+class ClientSnapshot(BaseModel):
+    """What the live page shows: the figures of /v1/status, and its rounds as a curve."""
+
+    service: Literal["client"] = "client"
+    status: StatusFigures
+    curve: Curve
+
+
+def make_app(status: Status, live: LivePage, registry: CollectorRegistry) -> FastAPI:
     """GET /v1/status beside what every control API has."""
-    registry = CollectorRegistry()
-    registry.register(_StatusCollector(status))
 
     def ready() -> str | None:
         if status.waiting_for:
@@ -26,31 +34,12 @@ def make_app(status: Status) -> FastAPI:
         """What the client is doing."""
         return status.body()
 
-    return app
-
-
-class _StatusCollector(Collector):
-    """The status as Prometheus metrics, read when asked."""
-
-    def __init__(self, status: Status) -> None:
-        self._status = status
-
-    def collect(self) -> list[Metric]:
-        """Called by the registry at each scrape."""
-        body = self._status.body()
-        wire = CounterMetricFamily(
-            "lesft_client_wire_bytes",
-            "Bytes on the wire by direction and kind.",
-            labels=["direction", "kind"],
+    async def snapshot() -> ClientSnapshot:
+        body = status.body()
+        return ClientSnapshot(
+            status=StatusFigures(**body.model_dump(include=set(StatusFigures.model_fields))),
+            curve=Curve.of(body.loss_by_round, body.nll_by_round),
         )
-        for direction, kinds in self._status.wire.by_kind().items():
-            for kind, count in kinds.items():
-                wire.add_metric([direction, kind], count)
-        rounds = CounterMetricFamily("lesft_client_rounds", "Rounds done.", value=body.round)
-        tokens = CounterMetricFamily("lesft_client_tokens", "Tokens trained on.", value=body.tokens)
-        metrics: list[Metric] = [wire, rounds, tokens]
-        if body.loss is not None:
-            metrics.append(
-                GaugeMetricFamily("lesft_client_loss", "Loss of the last round.", value=body.loss)
-            )
-        return metrics
+
+    live.add_to(app, f"{app.title} {status.client_id}", snapshot)
+    return app

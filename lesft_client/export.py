@@ -20,6 +20,7 @@ from lesft.model_card import CARD_FILE, Figures, figures_of, model_card
 from lesft.spec import RunSpec
 from lesft.weights import Checkpoint, front_fingerprint
 from lesft_client.adapter_fetch import fetch_back
+from lesft_client.connector import Connector
 from lesft_client.settings import ExportSettings
 from lesft_client.status import RESULT_FILE
 
@@ -40,7 +41,8 @@ def export(settings: ExportSettings) -> str:
     if settings.back is not None:
         back = load_half(settings.back)
     else:
-        back = fetch_back(settings.server, settings.insecure, settings.patience_seconds, front)
+        connector = Connector(settings.server, settings)
+        back = fetch_back(connector, settings.patience_seconds, front)
     figures = _figures_of(state)
     with _filled(output) as folder:
         if settings.merged:

@@ -17,8 +17,8 @@ from lesft.files import sync_folder, write_atomically
 from lesft.interceptors import remote_errors
 from lesft.v1 import model_pb2, model_pb2_grpc
 from lesft.weights import Checkpoint, front_fingerprint
+from lesft.wire import WireCounter
 from lesft_client.patience import patiently
-from lesft_client.wire import WireCounter
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from lesft.errors import LesftError, OutOfOrder, Unreachable
 from lesft.micro_batch import MicroBatch, Path, StepKey, StepResult, Targets
 from lesft.step_messages import Limits
 from lesft.v1 import training_pb2
+from lesft.wire import WireCounter
 from lesft_client.back import GoBack, Rejoin, Turn
 from lesft_client.patience import patiently
 from lesft_client.stream import Answer, HeldOutRequest, Request, Stream
-from lesft_client.wire import WireCounter
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
 """The command `lesft-client`."""
 
-import logging
-
 from lesft.commands import Command, Program
+from lesft.logs import configure_logs
+from lesft_client.log_settings import ClientLogSettings
 
 EXIT_STOPPED_BY_OTHERS = 3
 """The run ended early because of another party; tells a cause from its consequences."""
@@ -18,6 +18,12 @@ PROGRAM = Program(
             "fine-tune together with other clients",
             "lesft_client.train_settings:TrainSettings",
             "lesft_client.train:train",
+        ),
+        Command(
+            "enroll",
+            "become a client of a server or an aggregator, with the token of its operator",
+            "lesft_client.enrol:EnrollSettings",
+            "lesft_client.enrol:enroll",
         ),
         Command(
             "generate",
@@ -68,5 +74,5 @@ PROGRAM = Program(
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    configure_logs(ClientLogSettings(), PROGRAM.name, PROGRAM.log_format)
     PROGRAM.run(argv)

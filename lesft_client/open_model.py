@@ -11,16 +11,18 @@ from transformers import PreTrainedTokenizerBase
 
 from lesft.adapter_halves import load_half
 from lesft.adapters import attach_lora, load_lora_state
-from lesft.channel import open_channel
 from lesft.errors import HandshakeMismatch, InvalidInput
 from lesft.hub import model_folder
 from lesft.spec_messages import spec_from_message
 from lesft.v1 import model_pb2_grpc
+from lesft.wire import WireCounter
+from lesft_client.connector import Connector
 from lesft_client.data import end_token_id
 from lesft_client.front_decoder import FrontDecoder
 from lesft_client.language_model import LanguageModel
 from lesft_client.local_model import LocalModel, load_local_model
 from lesft_client.progress import ProgressDisplay
+from lesft_client.renewal import renewing
 from lesft_client.run_front import describe_run, load_run_front
 from lesft_client.sequence_stream import Connection
 from lesft_client.settings import LanguageModelSettings
@@ -28,7 +30,6 @@ from lesft_client.split_model import SplitModel
 from lesft_client.split_sequence import SplitContext
 from lesft_client.status import Status
 from lesft_client.tokenizer import load_tokenizer
-from lesft_client.wire import WireCounter
 
 
 @asynccontextmanager
@@ -41,9 +42,13 @@ async def open_model(settings: LanguageModelSettings) -> AsyncGenerator[Language
     _check(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    model: LocalModel | SplitModel = _local(settings) if settings.local else _split(settings)
+    connectors = [] if settings.local else [Connector(settings.server, settings)]
+    model: LocalModel | SplitModel = (
+        _local(settings) if settings.local else _split(settings, *connectors)
+    )
     try:
-        yield model
+        with renewing(connectors):
+            yield model
     finally:
         await model.close()
 
@@ -86,12 +91,12 @@ def _local(settings: LanguageModelSettings) -> LocalModel:
     )
 
 
-def _split(settings: LanguageModelSettings) -> SplitModel:
+def _split(settings: LanguageModelSettings, connector: Connector) -> SplitModel:
     party, wire = f"server {settings.server}", WireCounter()
     display = ProgressDisplay(Status("", wire), bar=False)
     half = load_half(settings.state) if settings.state else None
     tokenizer = load_tokenizer(settings.model)
-    with open_channel(settings.server, settings.insecure) as channel:
+    with connector.open() as channel:
         models = model_pb2_grpc.ModelServiceStub(channel)
         description = describe_run(models, party, settings.patience_seconds, wire)
         spec = spec_from_message(description.spec)
@@ -108,7 +113,7 @@ def _split(settings: LanguageModelSettings) -> SplitModel:
     end_ids = _end_ids(tokenizer, json.loads(description.config_json))
     context = SplitContext(
         FrontDecoder(front, settings.precision),
-        Connection(settings.server, settings.insecure),
+        Connection(connector),
         spec,
         fingerprint,
         half.info if half else None,

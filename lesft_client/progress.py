@@ -1,8 +1,9 @@
 """What the client shows while it works: one bar on a terminal, a line per round elsewhere."""
 
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -18,6 +19,8 @@ from rich.progress import (
 
 from lesft_client.status import Status
 
+log = logging.getLogger(__name__)
+
 _WAIT_SECONDS = 10
 """A wait that is over sooner is not worth a line."""
 
@@ -25,9 +28,21 @@ _WAIT_SECONDS = 10
 class ProgressDisplay:
     """Shows phases and rounds of one status."""
 
-    def __init__(self, status: Status, bar: bool) -> None:
+    def __init__(
+        self,
+        status: Status,
+        bar: bool,
+        note: Callable[[str], None] = lambda line: None,
+        as_log: bool = False,
+    ) -> None:
+        """`note` gets each line, whether it is printed or the bar shows it.
+
+        With `as_log` lines are logged instead, and nothing is shown.
+        """
+        self._as_log = as_log
         self._status = status
-        self._bar = bar
+        self._note = note
+        self._bar = bar and not as_log
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -42,6 +57,7 @@ class ProgressDisplay:
             self.say(f"{name} ...")
             yield
             return
+        self._note(f"{name} ...")
         columns = (
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -68,11 +84,13 @@ class ProgressDisplay:
             f"loss {body.loss or math.nan:.4f}  {body.tokens_per_second:.0f} tokens/s  "
             f"up {decimal(body.bytes_up)}  down {decimal(body.bytes_down)}"
         )
+        left = f"{body.seconds_left:.0f} s left" if body.seconds_left is not None else ""
+        line = f"round {body.round}/{body.rounds}  {figures}  {left}"
         if self._progress is not None and self._task is not None:
+            self._note(line)
             self._progress.update(self._task, completed=body.round, figures=figures)
             return
-        left = f"{body.seconds_left:.0f} s left" if body.seconds_left is not None else ""
-        self.say(f"round {body.round}/{body.rounds}  {figures}  {left}")
+        self.say(line)
 
     def waiting(self, waiting_for: str) -> None:
         """Note what the run waits for; said in a line of its own once it has lasted a while."""
@@ -87,4 +105,8 @@ class ProgressDisplay:
 
     def say(self, message: str) -> None:
         """A line of its own, above the bar where there is one."""
+        if self._as_log:
+            log.info("%s", message)
+            return
+        self._note(message)
         self._console.print(message, highlight=False, markup=False, soft_wrap=True)

@@ -14,9 +14,9 @@ import torch
 from lesft.checkpoints import Checkpoint, CheckpointStore
 from lesft.errors import InvalidInput
 from lesft.files import when_there_is_room, write_atomically
+from lesft.wire import WireCounter
 from lesft_client.data import EncodedSample
 from lesft_client.status import Status
-from lesft_client.wire import WireCounter
 
 CHECKPOINTS_FOLDER = "checkpoints"
 _INSTANCE_FILE = "instance"

@@ -8,12 +8,12 @@ from lesft.interceptors import remote_errors
 from lesft.spec import PROTOCOL_VERSION
 from lesft.v1 import model_pb2, model_pb2_grpc
 from lesft.weights import front_fingerprint, load_front
+from lesft.wire import WireCounter
 from lesft_client.front_weights import fetched_checkpoint, local_checkpoint
 from lesft_client.patience import patiently
 from lesft_client.progress import ProgressDisplay
 from lesft_client.settings import LanguageModelSettings
 from lesft_client.train_settings import TrainSettings
-from lesft_client.wire import WireCounter
 
 
 def describe_run(

@@ -7,13 +7,13 @@ from typing import TypeVar
 import grpc
 
 from lesft.bundle import BundleReader
-from lesft.channel import open_aio_channel
 from lesft.errors import BundleError, LesftError, OutOfOrder, Unreachable
 from lesft.inference_messages import Question, Reply, reply_from_message, result_bytes
 from lesft.interceptors import error_from
 from lesft.v1 import inference_pb2, inference_pb2_grpc
 from lesft.v1.tensor_pb2 import Chunk
-from lesft_client.wire import WireCounter
+from lesft.wire import WireCounter
+from lesft_client.connector import Connector
 
 T = TypeVar("T")
 
@@ -24,12 +24,11 @@ class Connection:
     gRPC makes it again by itself when it breaks. When it falls silent, new streams share a new one.
     """
 
-    def __init__(self, address: str, insecure: bool) -> None:
+    def __init__(self, connector: Connector) -> None:
         """Connects when first used. Make it on the event loop that uses it."""
-        self._address = address
-        self._insecure = insecure
-        self._channels = [open_aio_channel(address, insecure)]
-        self.party = f"server {address}"
+        self._connector = connector
+        self._channels = [connector.open_aio()]
+        self.party = f"server {connector.address}"
 
     @property
     def channel(self) -> grpc.aio.Channel:
@@ -42,7 +41,7 @@ class Connection:
         It stays open: another stream on it may not have found out yet, or may still be served.
         """
         if silent is self.channel:
-            self._channels.append(open_aio_channel(self._address, self._insecure))
+            self._channels.append(self._connector.open_aio())
 
     async def close(self) -> None:
         """End it, and all streams on it."""

@@ -9,6 +9,8 @@ from pydantic_settings import SettingsConfigDict
 
 from lesft.sampling import Sampling
 from lesft.settings import ServiceSettings
+from lesft_client.connection_settings import ConnectionSettings, ListenerSettings
+from lesft_client.log_settings import ClientLogSettings
 
 
 def _checked_share(value: str) -> str:
@@ -77,7 +79,7 @@ class ExportDataSettings(DataSettings):
     split: Literal["train", "test"] = Field("train", description="Which samples.")
 
 
-class LanguageModelSettings(ServiceSettings):
+class LanguageModelSettings(ConnectionSettings, ClientLogSettings):
     """Which model answers, and where it runs."""
 
     config: Path | None = Field(None, description="TOML file with any of these settings.")
@@ -94,9 +96,6 @@ class LanguageModelSettings(ServiceSettings):
     )
     adapter: Path | None = Field(
         None, description="local: folder of a PEFT adapter of the whole model."
-    )
-    insecure: bool = Field(
-        False, description="Allow unencrypted traffic beyond this machine: anyone may read it."
     )
     weights: Literal["auto", "local", "server"] = Field(
         "auto", description="Front weights: from --model where it has any, or from the server."
@@ -164,7 +163,7 @@ class ChatSettings(WriteSettings):
     """Talk with the model on the terminal."""
 
 
-class ServeSettings(LanguageModelSettings):
+class ServeSettings(LanguageModelSettings, ListenerSettings):
     """Serve the model with OpenAI's HTTP API to any program that speaks it."""
 
     model_config = SettingsConfigDict(env_prefix="LESFT_CLIENT_")
@@ -185,7 +184,7 @@ class ServeSettings(LanguageModelSettings):
     )
 
 
-class ExportSettings(ServiceSettings):
+class ExportSettings(ConnectionSettings):
     """Join the client's half of a finished run's adapter and the server's into one for peft."""
 
     model_config = SettingsConfigDict(env_prefix="LESFT_CLIENT_")
@@ -204,9 +203,6 @@ class ExportSettings(ServiceSettings):
     )
     merged: bool = Field(
         False, description="Write whole weights, the adapter merged into those of --model."
-    )
-    insecure: bool = Field(
-        False, description="Allow unencrypted traffic beyond this machine: anyone may read it."
     )
     patience_seconds: float = Field(
         60, gt=0, description="How long to go on trying a server that does not answer."

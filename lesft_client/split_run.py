@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 
 from lesft.adapter_halves import ADAPTER_FILE, AdapterHalf, HalfInfo, encode_half
 from lesft.adapters import attach_lora
-from lesft.channel import open_channel
 from lesft.files import write_atomically
 from lesft.model_card import Figures
 from lesft.spec import PROTOCOL_VERSION, RunSpec
 from lesft.spec_messages import encoding_to_message, lora_to_message, spec_from_message
 from lesft.step_messages import Limits
 from lesft.v1 import model_pb2, model_pb2_grpc, training_pb2
+from lesft_client.connector import Connector
 from lesft_client.data import EncodedSample
 from lesft_client.front import Front
 from lesft_client.link import Patience, ServerLink
@@ -30,7 +30,9 @@ class SplitRun:
         status: Status,
         display: ProgressDisplay,
         patience: Patience,
+        connector: Connector,
     ) -> None:
+        self._connector = connector
         self._settings = settings
         self._status = status
         self._display = display
@@ -42,7 +44,7 @@ class SplitRun:
     def describe(self) -> RunSpec:
         """The run. Raises Unreachable when the server does not answer."""
         settings = self._settings
-        with open_channel(settings.server, settings.insecure) as channel:
+        with self._connector.open() as channel:
             self._description = describe_run(
                 model_pb2_grpc.ModelServiceStub(channel),
                 self._party,
@@ -54,7 +56,7 @@ class SplitRun:
     def load(self, spec: RunSpec) -> Front:
         """The front with fresh adapters, fetched from the server where needed."""
         settings = self._settings
-        with open_channel(settings.server, settings.insecure) as channel:
+        with self._connector.open() as channel:
             model, self._fingerprint = load_run_front(
                 model_pb2_grpc.ModelServiceStub(channel),
                 self._description,
@@ -74,9 +76,9 @@ class SplitRun:
         on_turn: Callable[[], None],
     ) -> ServerLink:
         """The back over gRPC; see `ServerLink` for `on_turn`."""
-        settings, config = self._settings, front.model.config
+        config = front.model.config
         return ServerLink(
-            lambda: open_channel(settings.server, settings.insecure),
+            self._connector.open,
             self._opening(front.spec, training),
             Limits(front.spec, config.hidden_size, config.vocab_size),
             self._party,

@@ -21,10 +21,10 @@ from lesft.sampling import Sampling
 from lesft.spec import PROTOCOL_VERSION, RunSpec
 from lesft.spec_messages import encoding_to_message
 from lesft.v1 import inference_pb2
+from lesft.wire import WireCounter
 from lesft_client.front_decoder import FrontDecoder
 from lesft_client.patience import Tries
 from lesft_client.sequence_stream import Connection, SequenceStream
-from lesft_client.wire import WireCounter
 
 log = logging.getLogger(__name__)
 

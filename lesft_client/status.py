@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel
 
 from lesft.micro_batch import StepResult, sum_class_counts
-from lesft_client.wire import WireCounter
+from lesft.wire import Direction, Kind, WireCounter
 
 RESULT_FILE = "result.json"
 """In the state folder: what is left of the status, and more figures, once the run is finished."""
 
 
-class StatusBody(BaseModel):
-    """Answer of GET /v1/status."""
+class StatusFigures(BaseModel):
+    """The client's figures as they are now."""
 
     client_id: str
     run_id: str
@@ -24,12 +24,6 @@ class StatusBody(BaseModel):
     round: int
     rounds: int
     loss: float | None
-    loss_by_round: list[float | None]
-    """None for rounds that went on without this client."""
-    nll_by_round: list[float | None]
-    """Mean -log P per target token of its micro-batches, in nats, with dropout."""
-    class_counts_by_round: list[tuple[int, int, int] | None]
-    """Its salient, sub-salient and irrelevant target tokens; None where there are no classes."""
     adapter_version: int
     num_samples: int
     skipped_samples: int
@@ -37,7 +31,20 @@ class StatusBody(BaseModel):
     tokens_per_second: float
     bytes_up: int
     bytes_down: int
+    wire: dict[Direction, dict[Kind, int]]
+    """Bytes on the wire by kind, up and down."""
     seconds_left: float | None
+
+
+class StatusBody(StatusFigures):
+    """Answer of GET /v1/status."""
+
+    loss_by_round: list[float | None]
+    """None for rounds that went on without this client."""
+    nll_by_round: list[float | None]
+    """Mean -log P per target token of its micro-batches, in nats, with dropout."""
+    class_counts_by_round: list[tuple[int, int, int] | None]
+    """Its salient, sub-salient and irrelevant target tokens; None where there are no classes."""
 
 
 @dataclass
@@ -63,6 +70,10 @@ class Status:
     """How often this process had to connect to the server again."""
     seconds_before: float = 0.0
     """Training time of what is done, but for the stretch since `_training_since`."""
+    seconds_by_phase: dict[str, float] = field(default_factory=dict)
+    """Of this process's training loop."""
+    in_flight: int = 0
+    """Micro-batches that were sent and not answered yet."""
     _training_since: float | None = None
 
     def round_done(self, results: Sequence[StepResult]) -> None:
@@ -124,5 +135,6 @@ class Status:
             tokens_per_second=self.tokens / seconds if seconds else 0.0,
             bytes_up=self.wire.total("up"),
             bytes_down=self.wire.total("down"),
+            wire=self.wire.by_kind(),
             seconds_left=self.seconds_left(),
         )

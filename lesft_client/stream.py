@@ -18,8 +18,8 @@ from lesft.step_messages import (
     result_from_message,
 )
 from lesft.v1 import heartbeat_pb2, training_pb2, training_pb2_grpc
+from lesft.wire import Kind, WireCounter, micro_batch_parts
 from lesft_client.watchdog import Watchdog
-from lesft_client.wire import Kind, WireCounter, encoded_bytes
 
 _OPENING_SECONDS = 0.1
 """How often to look whether the server has said by now how often it wants a heartbeat."""
@@ -113,7 +113,7 @@ class Stream:
             if isinstance(item, MicroBatch):
                 micro_batch, data = micro_batch_to_message(item, encoding)
                 request = training_pb2.TrainRequest(micro_batch=micro_batch)
-                parts = self._parts(item)
+                parts: dict[Kind, int] = micro_batch_parts(item, encoding)
             else:
                 held_out, data = held_out_to_message(
                     held_out_index, item.base, item.targets, encoding
@@ -126,17 +126,6 @@ class Stream:
             self._wire.add_message("up", size, parts)
             yield request
             yield from chunks
-
-    def _parts(self, batch: MicroBatch) -> dict[Kind, int]:
-        encoding = self._limits.spec.activation_encoding
-        parts: dict[Kind, int] = {
-            "activations_base": encoded_bytes(batch.base.activations_ND, encoding),
-            "labels": 4 * len(batch.targets.ids_T),
-        }
-        if batch.reference is not None:
-            reference_ND = batch.reference.activations_ND
-            parts["activations_reference"] = encoded_bytes(reference_ND, encoding)
-        return parts
 
     def drain(self, seconds: float) -> None:
         """Wait until the server has closed the stream, but not for long."""

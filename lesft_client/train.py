@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,30 +11,37 @@ from typing import Any
 import torch
 
 from lesft.adapter_halves import SPEC_FILE
-from lesft.channel import open_channel
-from lesft.control import ControlServer, write_endpoints
+from lesft.control import write_endpoints
 from lesft.errors import DataError, InvalidInput, LesftError, ModelError
 from lesft.files import lock_folder, write_atomically
+from lesft.identity.expiry import show_expiry
+from lesft.live import LivePage
+from lesft.logs import note_process
 from lesft.model_card import figures_of
 from lesft.spec import RunSpec
 from lesft.tensors import encode_tensors
+from lesft.wire import WireCounter
 from lesft_client.aggregation import Aggregator
 from lesft_client.back import BackLink, Rejoin, Turn
+from lesft_client.connector import Connector, own_client_id
 from lesft_client.control_api import make_app
 from lesft_client.counted_progress import wants_bar
 from lesft_client.data import EncodedSample, Sample, Split, encode_samples, label_counts
 from lesft_client.data_command import samples_of
+from lesft_client.enrol import enrol_where_needed
 from lesft_client.front import Front
 from lesft_client.link import Patience
 from lesft_client.local_run import LocalRun
+from lesft_client.metrics import Metrics
+from lesft_client.own_listener import control_server
 from lesft_client.progress import ProgressDisplay
 from lesft_client.recovery import ClientCheckpoints, drop_state
+from lesft_client.renewal import renewing
 from lesft_client.split_run import SplitRun
 from lesft_client.status import RESULT_FILE, Status
 from lesft_client.tokenizer import load_tokenizer
 from lesft_client.train_settings import TrainSettings
 from lesft_client.trainer import HeldOut, Trainer
-from lesft_client.wire import WireCounter
 
 _HELD_OUT_BEFORE = "held_out_before"
 
@@ -46,8 +52,18 @@ class TrainCommand:
     def __init__(self, settings: TrainSettings) -> None:
         self._settings = settings
         self._wire = WireCounter()
-        self._status = Status(settings.client_id or socket.gethostname(), self._wire)
-        self._display = ProgressDisplay(self._status, wants_bar(settings.progress))
+        enrol_where_needed(settings.enrol_with, settings.identity)
+        addresses = [address for address in (settings.server, settings.aggregator) if address]
+        self._connectors = {address: Connector(address, settings) for address in addresses}
+        name = own_client_id(settings.client_id, list(self._connectors.values()))
+        self._status = Status(name, self._wire)
+        self._live = LivePage()
+        self._display = ProgressDisplay(
+            self._status,
+            wants_bar(settings.progress),
+            self._live.events.note,
+            as_log=settings.log_format == "json",
+        )
         self._patience = Patience(
             settings.patience_seconds, settings.reconnect_seconds, settings.stall_seconds
         )
@@ -60,12 +76,24 @@ class TrainCommand:
         lock = lock_folder(settings.state, "client")
         if settings.fresh:
             drop_state(settings.state)
-        control = ControlServer(make_app(self._status), settings.insecure)
+        metrics = Metrics(self._status)
+        identities = [c.identity for c in self._connectors.values() if c.identity is not None]
+        if identities:
+            show_expiry(
+                metrics.registry,
+                "client",
+                lambda: min(identity.expires() for identity in identities),
+            )
+        app = make_app(self._status, self._live, metrics.registry)
+        control = control_server(app, settings, metrics.refused.around)
         try:
+            self._live.start()
             address = control.start_in_thread(settings.control)
             write_endpoints(settings.state, {"control": address})
-            self._run()
+            with renewing(list(self._connectors.values())):
+                self._run()
         finally:
+            self._live.stop()
             control.stop_thread()
             os.close(lock)
 
@@ -76,10 +104,17 @@ class TrainCommand:
         run: SplitRun | LocalRun = (
             LocalRun(settings, self._status.client_id)
             if settings.local
-            else SplitRun(settings, self._status, self._display, self._patience)
+            else SplitRun(
+                settings,
+                self._status,
+                self._display,
+                self._patience,
+                self._connectors[settings.server],
+            )
         )
         spec = run.describe()
         self._status.run_id, self._status.rounds = spec.run_id, spec.rounds
+        note_process(run=spec.run_id, client=self._status.client_id)
         training, held_out = self._samples(spec)
         front = run.load(spec)
         self._check_vocabulary([*training, *held_out], front, spec)
@@ -150,7 +185,7 @@ class TrainCommand:
                 "this run averages its clients' adapters: give --aggregator HOST:PORT"
             )
         return Aggregator(
-            lambda: open_channel(settings.aggregator, settings.insecure),
+            self._connectors[settings.aggregator].open,
             f"aggregator {settings.aggregator}",
             self._status.client_id,
             spec.run_id,

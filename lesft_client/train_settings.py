@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from lesft.spec import Encoding, LoraSpec, RunOptions
+from lesft_client.connection_settings import ConnectionSettings, ListenerSettings
+from lesft_client.log_settings import ClientLogSettings
 from lesft_client.settings import DataSettings
 
 
@@ -20,7 +22,7 @@ class OwnRun(RunOptions):
     clients: int = Field(1, ge=1, description="Number of clients that average their adapters.")
 
 
-class TrainSettings(DataSettings):
+class TrainSettings(DataSettings, ConnectionSettings, ListenerSettings, ClientLogSettings):
     """Fine-tune with others: LESFT's edge client keeps the text and the first decoder layers."""
 
     model_config = SettingsConfigDict(env_prefix="LESFT_CLIENT_")
@@ -41,11 +43,17 @@ class TrainSettings(DataSettings):
     client_id: str = Field(
         "",
         pattern=r"^[A-Za-z0-9._-]{0,64}$",
-        description="Name of this client, unique in the run; empty takes the host's name.",
+        description="Name of this client, unique in the run; empty takes that of its certificate, "
+        "or the host's.",
     )
     control: str = Field("127.0.0.1:8050", description="HOST:PORT of the local control API.")
-    insecure: bool = Field(
-        False, description="Allow unencrypted traffic beyond this machine: anyone may read it."
+    control_token: Path | None = Field(
+        None, description="File with a token that users of the control API must bring."
+    )
+    enrol_with: tuple[Path, ...] = Field(
+        (),
+        description="Files with enrolment tokens, to enrol with where this device has not yet: for "
+        "installations that do so by themselves.",
     )
     weights: Literal["auto", "local", "server"] = Field(
         "auto", description="Front weights: from --model where it has any, or from the server."

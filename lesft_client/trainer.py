@@ -12,8 +12,10 @@ import torch
 
 from lesft.adapters import layer_of
 from lesft.errors import HandshakeMismatch, StaleVersion
+from lesft.logs import note
 from lesft.micro_batch import StepKey, StepResult
 from lesft.spec import RunSpec
+from lesft.tracing import Attribute, span
 from lesft_client.back import BackLink, Rejoin, Turn
 from lesft_client.data import EncodedSample, sample_index
 from lesft_client.front import ForwardPass, Front
@@ -25,8 +27,13 @@ log = logging.getLogger(__name__)
 class AggregatorLink(Protocol):
     """The aggregator as the training loop sees it; see `lesft_client.aggregation`."""
 
-    def submit(self, base_version: int, state: Mapping[str, torch.Tensor]) -> None:
-        """Hand in this client's adapter, trained from `base_version`."""
+    def submit(
+        self, base_version: int, state: Mapping[str, torch.Tensor], receipt: bytes = b""
+    ) -> None:
+        """Hand in this client's adapter, trained from `base_version`.
+
+        `receipt` is the server's word on that; see `StepResult`.
+        """
 
     def fetch(self, version: int, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Wait for a version of the averaged adapter."""
@@ -86,7 +93,8 @@ class Trainer:
         self._keeper = keeper
         self.round = 0
         """The round to train next, counted from 0."""
-        self.timer = PhaseTimer()
+        self.timer = PhaseTimer(status.seconds_by_phase)
+        self._run_fingerprint = self._spec.fingerprint()
 
     # ------------------------------------------------------------------ the training step
 
@@ -98,9 +106,10 @@ class Trainer:
         self._status.training_begins()
         try:
             while self.round < self._spec.rounds:
+                note(round=self.round)
                 results = self._train_round(self.round)
                 if self._aggregator is not None and self._spec.aggregates_after(self.round):
-                    self._aggregate(self._aggregator)
+                    self._aggregate(self._aggregator, results[-1].receipt)
                 self._status.round_done(results)
                 self.round += 1
                 if results[-1].checkpoint:
@@ -115,6 +124,7 @@ class Trainer:
         The adapters do not change within the window, so later micro-batches go forward while the
         gradients of earlier ones are on their way: the same numbers, and the latency is hidden.
         """
+        self._status.in_flight = 0
         in_flight: deque[ForwardPass] = deque()
         results: list[StepResult] = []
         for micro in range(self._spec.accumulation):
@@ -128,42 +138,45 @@ class Trainer:
         while in_flight:
             results.append(self._finish(in_flight.popleft()))
         if self._spec.train_front:
-            with self.timer.phase("optimizer"):
+            with self._phase("optimizer", round_index):
                 self._front.step()
         return results
 
     def _start(self, key: StepKey, numbers: Sequence[int]) -> ForwardPass:
         """Steps 1 and 2: go forward on both paths with a mini-batch, upload."""
-        with self.timer.phase("front_forward"):
+        with self._phase("front_forward", key.round, micro=key.micro):
             if self._spec.train_front:
                 forward = self._front.forward(key, [self._samples[n] for n in numbers])
             else:
                 new = {n: self._samples[n] for n in numbers if not self._back.holds(n)}
                 forward = self._front.forward_frozen(key, numbers, new)
         self._back.send(forward.micro_batch)
+        self._status.in_flight += 1
         return forward
 
     def _finish(self, forward: ForwardPass) -> StepResult:
         """Step 7: wait for the gradient and go backward. Returns what came back."""
-        with self.timer.phase("waiting_for_gradient"):
+        batch, key = forward.micro_batch, forward.micro_batch.key
+        with self._phase("waiting_for_gradient", key.round, micro=key.micro):
             result = self._back.receive()
+        self._status.in_flight -= 1
         if self._spec.train_front:
-            with self.timer.phase("front_backward"):
+            with self._phase("front_backward", key.round, micro=key.micro):
                 self._front.backward(forward, result)
-        batch = forward.micro_batch
         self._status.tokens += sum(batch.base.lengths)
         self._status.tokens += sum(batch.reference.lengths) if batch.reference else 0
         return result
 
-    def _aggregate(self, aggregator: AggregatorLink) -> None:
+    def _aggregate(self, aggregator: AggregatorLink, receipt: bytes) -> None:
         """Steps 8 to 10: hand in Θ_i, wait for Θ̄ and go on from it.
 
         Personal layers take no part: they stay as this client has trained them.
         """
         version = self._status.adapter_version
-        with self.timer.phase("aggregation"):
+        links_to = (self._spec.run_id, version)
+        with self._phase("aggregation", self.round, links_to, base_version=version):
             try:
-                aggregator.submit(version, self._shared(self._front.adapter()))
+                aggregator.submit(version, self._shared(self._front.adapter()), receipt)
             except StaleVersion:
                 if self._spec.mode == "lockstep":
                     raise
@@ -181,12 +194,29 @@ class Trainer:
         personal = set(self._spec.personal_layers)
         return {name: tensor for name, tensor in state.items() if layer_of(name) not in personal}
 
+    @contextmanager
+    def _phase(
+        self,
+        name: str,
+        round_index: int,
+        links_to: tuple[str, int] | None = None,
+        **attributes: int,
+    ) -> Iterator[None]:
+        """Time a part of a round, for the figures and for traces."""
+        named: dict[str, Attribute] = {"client": self._status.client_id, "round": round_index}
+        named |= attributes
+        with (
+            self.timer.phase(name),
+            span(name, self._run_fingerprint, round_index, links_to, **named),
+        ):
+            yield
+
     # ------------------------------------------------------------------ checkpoints
 
     def save(self) -> None:
         """Keep a checkpoint of the state before the next round."""
         if self._keeper is not None:
-            with self.timer.phase("checkpoints"):
+            with self._phase("checkpoints", self.round - 1):
                 self._keeper.save(self.round, self._front.state())
 
     def turn(self, turn: Turn) -> None:

@@ -8,7 +8,8 @@ import asyncio
 import enum
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,14 +21,26 @@ from lesft.checkpoints import Checkpoint
 from lesft.cohort_batch import Part
 from lesft.device_thread import DeviceThread
 from lesft.errors import LeftBehind, LesftError, OutOfOrder, RunStopped, Unreachable
+from lesft.identity.attestation import Attester
+from lesft.logs import note
 from lesft.micro_batch import MicroBatch, StepKey, StepResult, sum_class_counts
 from lesft.step_messages import result_to_message
 from lesft.training_state import adapter_of
+from lesft.v1 import receipt_pb2, training_pb2
 from lesft_server.journal import Journal
 from lesft_server.ledger import Entry, check_same
 from lesft_server.run import RoundRecord, Run, RunState
+from lesft_server.step_clock import StepClock
 
 log = logging.getLogger(__name__)
+
+MAX_MISSES = 3
+"""Sessions in a row of a client that rounds may wait for in vain, with a deadline: one that comes
+back again and again without ever sending a right part must not hold the others up each time."""
+
+FORGIVING_DEADLINES = 20
+"""A client whose last such session is so many deadlines ago is waited for again: else one that is a
+little slower than the others might never be in time."""
 
 _STOP_SECONDS = 5.0
 """What clients get to take their checkpoints before an operator's stop ends their sessions."""
@@ -77,6 +90,7 @@ class _Step:
     def __init__(self, key: StepKey) -> None:
         self.key = key
         self.state = StepState.COLLECTING
+        self.collecting_since = time.monotonic()
         self.parts: dict[str, _Part] = {}
         self.shares: dict[str, float] = {}
         """Of the clients in it, once it has begun."""
@@ -100,14 +114,26 @@ class Cohort:
     """
 
     def __init__(
-        self, run: Run, back: Back, device: DeviceThread, journal: Journal, adapter_file: Path
+        self,
+        run: Run,
+        back: Back,
+        device: DeviceThread,
+        journal: Journal,
+        adapter_file: Path,
+        clock: StepClock,
+        attester: Attester,
     ) -> None:
         """`adapter_file` is where Φ is written after the last round."""
+        self._attester = attester
         self._run = run
         self._back = back
         self._device = device
         self._journal = journal
         self._adapter_file = adapter_file
+        self._clock = clock
+        self._under_way = 0
+        """Steps that have begun and are not kept yet."""
+        self._idle_since = time.monotonic()
         self._steps: dict[StepKey, _Step] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._window: list[tuple[Sequence[float], list[StepResult]]] = []
@@ -117,6 +143,10 @@ class Cohort:
         """Clients whose parts were in the newest step."""
         self._missing: set[str] = set()
         """Connected clients that a round began without: one deadline a session is enough."""
+        self._misses: Counter[str] = Counter()
+        """Sessions of a client that handed in no part, since one last did."""
+        self._missed_at: dict[str, float] = {}
+        """When the last of them was seen to."""
         self.next_key = StepKey(len(run.rounds), 0)
         """The first step whose answers are not kept."""
         self._to_begin = self.next_key
@@ -162,6 +192,12 @@ class Cohort:
             return LeftBehind(f"client {client_id!r} was late for {key}, which went on without it")
         return OutOfOrder(f"{key} was done, but its answer is no longer kept")
 
+    @property
+    def num_waiting(self) -> int:
+        """Micro-batches that wait for those of other clients."""
+        collecting = [s for s in self._steps.values() if s.state is StepState.COLLECTING]
+        return sum(len(step.parts) for step in collecting)
+
     def due(self) -> list[str]:
         """The clients whose part of the next step is missing."""
         step = self._steps.get(self._to_begin)
@@ -192,8 +228,20 @@ class Cohort:
         return self._to_begin.round + (self._to_begin.micro > 0)
 
     def welcome(self, client_id: str) -> None:
-        """A client has opened a session: the next round waits for it."""
-        self._missing.discard(client_id)
+        """A client has opened a session: the next round waits for it, unless that was in vain."""
+        patience = FORGIVING_DEADLINES * self._run.spec.deadline_seconds
+        if self._misses[client_id] < MAX_MISSES or (
+            time.monotonic() - self._missed_at[client_id] > patience
+        ):
+            self._missing.discard(client_id)
+
+    def came_in_vain(self, client_id: str) -> None:
+        """A session has ended that handed in no part: after a few of them no round waits."""
+        if client_id not in self._missing:  # else it was counted when the round began
+            self._misses[client_id] += 1
+        self._missed_at[client_id] = time.monotonic()
+        if self._misses[client_id] >= MAX_MISSES:
+            self._missing.add(client_id)
 
     def withdraw(self, client_id: str) -> None:
         """Drop a client's parts of the steps that have not begun: it will send them again."""
@@ -254,10 +302,19 @@ class Cohort:
         """In a task of its own: the step must not end with the call of whoever came last."""
         self._drop_timer(step)
         step.move(StepState.STEPPING)
+        # Where the model was busy meanwhile, nothing was lost by waiting.
+        began = time.monotonic()
+        idle_since = max(step.collecting_since, self._idle_since)
+        self._clock.since("cohort_wait", step.key.round, began if self._under_way else idle_since)
+        self._under_way += 1
         step.shares = self._run.shares(step.parts)
         late = self._expected(step.key) - step.parts.keys()
         if late:
             log.warning("%s begins without %s", step.key, ", ".join(sorted(late)))
+        self._misses.update(late)
+        self._missed_at.update(dict.fromkeys(late, time.monotonic()))
+        for name in step.parts:
+            del self._misses[name]
         self._missing = (self._missing | late) - step.parts.keys()
         self._taking_part = set(step.parts)
         self._to_begin = step.key.following(self._run.spec.accumulation)
@@ -291,6 +348,7 @@ class Cohort:
     async def _run_step(self, step: _Step) -> None:
         """Run a complete cohort in client-id order and keep the answers."""
         key = step.key
+        note(round=key.round, client=None)
         try:
             await self._run.may_step()
             self._stop_if_asked(key)
@@ -303,6 +361,8 @@ class Cohort:
             self._run.stop(str(error))  # ends every call that waits for this step
             return
         step.move(StepState.KEPT)
+        self._under_way -= 1
+        self._idle_since = time.monotonic()
         self.next_key = key.following(self._run.spec.accumulation)
         del self._steps[key]
         for part in step.parts.values():
@@ -321,23 +381,30 @@ class Cohort:
         def train() -> tuple[list[StepResult], dict[str, torch.Tensor] | None]:
             if run.state is not RunState.TRAINING:
                 raise RunStopped(f"{key} came too late")
-            results = self._back.train_step(key, parts)
+            with self._clock.phase("back", key.round, micro=key.micro, clients=len(parts)):
+                results = self._back.train_step(key, parts)
             return results, self._back.state() if self._checkpoint_is_due(key) else None
 
         results, tensors = await self._device.run(train)
-        run.count_step(key, [requests[name].digest for name in shares])
+        digests = [requests[name].digest for name in shares]
+        sizes = {name: len(requests[name].batch.targets.lengths) for name in shares}
+        run.count_step(key, digests, sizes)
+        receipts = self._receipts(key, shares)
         self._record(key, list(shares.values()), results)
 
         def entries() -> list[Entry]:
-            encoding = run.spec.gradient_encoding
-            return [
-                Entry(
-                    name,
-                    requests[name].digest,
-                    *result_to_message(replace(result, checkpoint=tensors is not None), encoding),
-                )
-                for name, result in zip(shares, results, strict=True)
-            ]
+            encoding, last = run.spec.gradient_encoding, tensors is not None
+            with self._clock.phase("encode", key.round):
+                answers = [
+                    result_to_message(replace(result, checkpoint=last), encoding)
+                    for result in results
+                ]
+                return [
+                    Entry(
+                        name, requests[name].digest, _with_receipt(header, receipts.get(name)), data
+                    )
+                    for name, (header, data) in zip(shares, answers, strict=True)
+                ]
 
         await self._journal.append(entries)
         if tensors is not None:
@@ -345,6 +412,29 @@ class Cohort:
             checkpoint = Checkpoint(key.round + 1, tensors, run.facts())
             await self._journal.checkpoint(checkpoint, lambda: self.write_adapter(checkpoint))
             self._last_checkpoint = checkpoint.round
+            log.info("checkpoint taken after round %d", checkpoint.round)
+
+    def _receipts(self, key: StepKey, names: Iterable[str]) -> dict[str, receipt_pb2.Receipt]:
+        """What these clients have trained, where their adapters are averaged next."""
+        run, spec = self._run, self._run.spec
+        ends_round = key.micro == spec.accumulation - 1
+        if not ends_round or not spec.aggregates_after(key.round):
+            return {}
+        return {
+            name: self._attester.receipt(
+                receipt_pb2.Statement(
+                    run_id=spec.run_id,
+                    run_fingerprint=spec.fingerprint_of_clients(),
+                    client_id=name,
+                    base_version=spec.aggregations_before(key.round),
+                    rounds=key.round + 1,
+                    num_samples=run.members[name].num_samples,
+                    samples_trained=run.members[name].samples_trained,
+                )
+            )
+            for name in names
+            if name in run.members
+        }
 
     def _checkpoint_is_due(self, key: StepKey) -> bool:
         run = self._run
@@ -365,6 +455,8 @@ class Cohort:
         The clients get a while to take theirs; one that is away is answered from the ledger when
         all are started again.
         """
+        if not self._run.stop_wanted:
+            log.info("the run stops after the round under way, as its operator wants")
         self._run.stop_wanted = True
         if self._may_stop_before(self.next_key):
             loop = asyncio.get_running_loop()
@@ -389,6 +481,7 @@ class Cohort:
         window, self._window = self._window, []
         now = time.monotonic()
         start, self._window_start = self._window_start or now, now
+        self._clock.round_done(key.round, now - start)
         self._run.record(
             RoundRecord(
                 round=key.round,
@@ -415,3 +508,11 @@ def _mean_by_share(
         for shares, results in window
     ]
     return sum(sums) / len(sums)
+
+
+def _with_receipt(
+    header: training_pb2.StepResult, receipt: receipt_pb2.Receipt | None
+) -> training_pb2.StepResult:
+    if receipt is not None:
+        header.receipt.CopyFrom(receipt)
+    return header

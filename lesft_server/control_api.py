@@ -1,24 +1,23 @@
 """The server's control API."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import FastAPI, Query
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 from pydantic import BaseModel
 
 from lesft.control import make_control_app
+from lesft.live import Curve, LivePage
 from lesft.spec import RunSpec
 from lesft_server.generation import Generation
-from lesft_server.run import Run, RunState
-from lesft_server.sample_store import SampleStore
+from lesft_server.metrics import Metrics
+from lesft_server.run import RunState
 from lesft_server.session import Engine
 
 
 class RunBody(BaseModel):
     """Answer of GET /v1/run.
 
+    `seconds_left` is an estimate from the last rounds, None before the first round's end.
     `steps_applied` are the micro-batches that the model has gone through and `lineage` is a SHA-256
     chain over them, both of the course that led to it: what was lost and done again counts once.
     """
@@ -28,6 +27,7 @@ class RunBody(BaseModel):
     waiting_for: str
     paused: bool
     rounds_done: int
+    seconds_left: float | None
     steps_applied: int
     lineage: str
     clients_joined: int
@@ -36,7 +36,10 @@ class RunBody(BaseModel):
 
 
 class ClientBody(BaseModel):
-    """One entry of GET /v1/clients. Shares are |D_i| / |D|; times are seconds since 1970."""
+    """One entry of GET /v1/clients. Shares are |D_i| / |D|; times are seconds since 1970.
+
+    The bytes are those of its training streams since the server was started.
+    """
 
     client_id: str
     num_samples: int
@@ -47,6 +50,8 @@ class ClientBody(BaseModel):
     last_seen: float
     resumed: int
     away_because: str
+    bytes_received: int
+    bytes_sent: int
 
 
 class RoundBody(BaseModel):
@@ -72,15 +77,22 @@ class GenerationBody(BaseModel):
     mean_batch: float
 
 
-def make_app(engine: Engine, generation: Generation) -> FastAPI:
+class ServerSnapshot(BaseModel):
+    """What the live page shows: the answers of the routes of these names, and the rounds' curve."""
+
+    service: Literal["server"] = "server"
+    run: RunBody
+    clients: list[ClientBody]
+    curve: Curve
+    generation: GenerationBody
+
+
+def make_app(engine: Engine, generation: Generation, live: LivePage, metrics: Metrics) -> FastAPI:
     """The run, its clients and its rounds beside what every control API has, and orders to the run.
 
     An order is a POST; each is safe to repeat and answers with the run.
     """
     run = engine.run
-    registry = CollectorRegistry()
-    registry.register(_RunCollector(run, engine.samples))
-    registry.register(_GenerationCollector(generation))
 
     def ready() -> str | None:
         if run.state is RunState.STOPPED:
@@ -98,6 +110,7 @@ def make_app(engine: Engine, generation: Generation) -> FastAPI:
             waiting_for=run.waiting_for(engine.cohort.due()),
             paused=run.paused,
             rounds_done=len(run.rounds),
+            seconds_left=run.seconds_left(),
             steps_applied=run.steps,
             lineage=run.lineage,
             clients_joined=len(run.members),
@@ -105,7 +118,7 @@ def make_app(engine: Engine, generation: Generation) -> FastAPI:
             spec=run.spec,
         )
 
-    app = make_control_app("LESFT server", registry, ready)
+    app = make_control_app("LESFT server", metrics.registry, ready)
 
     @app.get("/v1/run")
     async def get_run() -> RunBody:
@@ -158,6 +171,8 @@ def make_app(engine: Engine, generation: Generation) -> FastAPI:
                 last_seen=run.members[name].last_seen,
                 resumed=run.members[name].resumed,
                 away_because="" if run.members[name].connected else run.members[name].away_because,
+                bytes_received=run.members[name].wire.total("up"),
+                bytes_sent=run.members[name].wire.total("down"),
             )
             for name, share in run.shares().items()
         ]
@@ -182,64 +197,15 @@ def make_app(engine: Engine, generation: Generation) -> FastAPI:
         """The finished rounds from `first` on."""
         return [RoundBody(**vars(record)) for record in run.rounds[first:]]
 
+    async def snapshot() -> ServerSnapshot:
+        return ServerSnapshot(
+            run=run_body(),
+            clients=await get_clients(),
+            curve=Curve.of(
+                [record.loss for record in run.rounds], [record.nll for record in run.rounds]
+            ),
+            generation=await get_generation(),
+        )
+
+    live.add_to(app, app.title, snapshot)
     return app
-
-
-class _RunCollector(Collector):
-    """The run as Prometheus metrics, read when asked."""
-
-    def __init__(self, run: Run, samples: SampleStore) -> None:
-        self._run = run
-        self._samples = samples
-
-    def collect(self) -> list[Metric]:
-        """Called by the registry at each scrape."""
-        rounds = self._run.rounds
-        connected = sum(member.connected for member in self._run.members.values())
-        metrics: list[Metric] = [
-            CounterMetricFamily("lesft_server_rounds", "Rounds done.", value=len(rounds)),
-            GaugeMetricFamily("lesft_server_clients", "Clients connected.", value=connected),
-            GaugeMetricFamily(
-                "lesft_server_kept_activation_bytes",
-                "Disk in use for activations of clients that do not train.",
-                value=self._samples.num_bytes,
-            ),
-        ]
-        if rounds:
-            loss, seconds = rounds[-1].loss, rounds[-1].seconds
-            metrics += [
-                GaugeMetricFamily("lesft_server_loss", "Loss of the last round.", value=loss),
-                GaugeMetricFamily(
-                    "lesft_server_round_seconds", "Length of the last round.", value=seconds
-                ),
-            ]
-        return metrics
-
-
-class _GenerationCollector(Collector):
-    """Split decoding as Prometheus metrics, read when asked."""
-
-    def __init__(self, generation: Generation) -> None:
-        self._generation = generation
-
-    def collect(self) -> list[Metric]:
-        """Called by the registry at each scrape."""
-        generation = self._generation
-        batches, steps = generation.batches
-        return [
-            GaugeMetricFamily(
-                "lesft_server_sequences", "Texts being written.", value=len(generation.sequences)
-            ),
-            GaugeMetricFamily(
-                "lesft_server_cache_bytes_reserved",
-                "Memory reserved for keys and values.",
-                value=generation.bytes_reserved,
-            ),
-            CounterMetricFamily(
-                "lesft_server_decoded_tokens",
-                "Tokens through the back for inference.",
-                value=generation.tokens,
-            ),
-            CounterMetricFamily("lesft_server_decode_batches", "Batches of them.", value=batches),
-            CounterMetricFamily("lesft_server_decode_steps", "Steps in these.", value=steps),
-        ]

@@ -1,19 +1,26 @@
 """The opening handshake: what both must agree on, refused by name, and where a client goes on."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from lesft.errors import HandshakeMismatch, InvalidInput
 from lesft.inference_messages import MAX_TOP_LOGITS, sampling_from_message
 from lesft.micro_batch import StepKey
-from lesft.spec import PROTOCOL_VERSION, RunSpec
+from lesft.spec import CLIENT_ID, PROTOCOL_VERSION, RunSpec
 from lesft.spec_messages import encoding_name
 from lesft.v1 import inference_pb2, training_pb2
 from lesft_server.generation import SequenceOptions
 
-_CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MAX_INSTANCE_ID = 64
+
+MAX_CHECKPOINTS = 64
+"""Checkpoints that a client may name; it keeps two."""
+
+MAX_NUM_SAMPLES = 1 << 40
+"""More samples than any data set has: a client that claims more would have all the weight."""
+
+_MAX_SHOWN = 200
+"""Characters of what a client has sent that a refusal repeats."""
 
 
 def check_protocol_version(version: int) -> None:
@@ -24,13 +31,22 @@ def check_protocol_version(version: int) -> None:
 def check_opening(opening: training_pb2.OpenSession, spec: RunSpec) -> None:
     """Compare what a client has built with the run. Raises HandshakeMismatch or InvalidInput."""
     check_protocol_version(opening.protocol_version)
-    if not _CLIENT_ID.fullmatch(opening.client_id):
+    if not CLIENT_ID.fullmatch(opening.client_id):
         raise InvalidInput(
             "client_id must be 1 to 64 letters, digits, '.', '_' or '-', got "
             f"{opening.client_id[:80]!r}"
         )
     if opening.num_samples < 1:
         raise InvalidInput("num_samples must be at least 1, got 0: the client has no data")
+    if opening.num_samples > MAX_NUM_SAMPLES:
+        raise InvalidInput(
+            f"num_samples must be at most {MAX_NUM_SAMPLES}, got {opening.num_samples}"
+        )
+    if len(opening.checkpoint_rounds) > MAX_CHECKPOINTS:
+        raise InvalidInput(
+            f"checkpoint_rounds must have at most {MAX_CHECKPOINTS} entries, got "
+            f"{len(opening.checkpoint_rounds)}"
+        )
     _check("run_id", spec.run_id, opening.run_id, "join the run that the server names")
     _check("cut_layer", spec.cut_layer, opening.cut_layer, "leave the client's --cut-layer out")
     for name, ours in spec.lora:
@@ -145,4 +161,4 @@ def _check(name: str, server: object, client: object, way_out: str) -> None:
 
 def _text(value: object) -> str:
     text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return text or "none"
+    return (text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}...") or "none"

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from grpc.aio import ServicerContext
 
 from lesft.batching import LARGE_STEP
-from lesft.bundle import BundleReader
+from lesft.bundle import BundleReader, check_announced
 from lesft.errors import BundleError, OutOfOrder, Unreachable
 from lesft.inference_messages import (
     Reply,
@@ -16,6 +16,8 @@ from lesft.inference_messages import (
     question_of,
     reply_to_message,
 )
+from lesft.intake import Intake
+from lesft.norms import ActivationNorms
 from lesft.spec import RunSpec
 from lesft.v1 import heartbeat_pb2, inference_pb2, inference_pb2_grpc
 from lesft_server.generation import Generation, ServedSequence
@@ -35,12 +37,16 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         spec: RunSpec,
         heartbeat_seconds: float,
         idle_seconds: float,
+        intake: Intake,
+        norms: ActivationNorms,
     ) -> None:
         """A sequence ends when its client sends or reads nothing for `idle_seconds`."""
         self._generation = generation
         self._spec = spec
         self._heartbeat_seconds = heartbeat_seconds
         self._idle_seconds = idle_seconds
+        self._intake = intake
+        self._norms = norms
 
     async def Generate(
         self,
@@ -101,13 +107,16 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         config = self._generation.back.model.config
         question = question_of(step, config.vocab_size)
         sequence.check_step(step.index, step.tokens, step.right_guesses)
-        reader = BundleReader(step.bundle, hidden_bytes(step.tokens, config.hidden_size))
-        reader.add(step.chunk)
-        while not reader.complete:
-            request = await self._next(requests)
-            if request is None or request.WhichOneof("message") != "chunk":
-                raise BundleError(f"chunk {reader.next_index} of a bundle is missing")
-            reader.add(request.chunk)
+        most = hidden_bytes(step.tokens, config.hidden_size)
+        check_announced(step.bundle, most)
+        async with self._intake.room(step.bundle.total_bytes):
+            reader = BundleReader(step.bundle, most)
+            reader.add(step.chunk)
+            while not reader.complete:
+                request = await self._next(requests)
+                if request is None or request.WhichOneof("message") != "chunk":
+                    raise BundleError(f"chunk {reader.next_index} of a bundle is missing")
+                reader.add(request.chunk)
         size, encoding = config.hidden_size, self._spec.activation_encoding
         if step.tokens > LARGE_STEP:
             data = await asyncio.to_thread(reader.data)
@@ -116,6 +125,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             )
         else:  # a thread would take longer than the work
             hidden_QD = hidden_from_bundle(reader.data(), step.tokens, size, encoding)
+        hidden_QD = self._norms.admit("hidden", hidden_QD)
         return await sequence.decode(hidden_QD, step.guesses, step.right_guesses, question)
 
     async def _next(self, requests: _Requests) -> inference_pb2.GenerateRequest | None:

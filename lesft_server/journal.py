@@ -8,6 +8,7 @@ import asyncio
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from lesft.checkpoints import Checkpoint, CheckpointStore
 from lesft.files import when_there_is_room, write_atomically
 from lesft_server.ledger import Entry, Ledger
 from lesft_server.sample_store import SAMPLES_FOLDER
+from lesft_server.step_clock import StepClock
 
 CHECKPOINTS_FOLDER = "checkpoints"
 DROPPED_FILE = "dropped.json"
@@ -28,12 +30,19 @@ T = TypeVar("T")
 class Journal:
     """Ledger and checkpoints of one run in one state folder."""
 
-    def __init__(self, state: Path, run_fingerprint: str, on_wait: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        state: Path,
+        run_fingerprint: str,
+        clock: StepClock,
+        on_wait: Callable[[str], None],
+    ) -> None:
         """`on_wait` hears, on another thread, why writing has to wait, and "" when it goes on.
 
         Raises InvalidInput when the folder holds another run.
         """
         self._state = state
+        self._clock = clock
         self._on_wait = on_wait
         self._closing = threading.Event()
         self._store = CheckpointStore(state / CHECKPOINTS_FOLDER, run_fingerprint)
@@ -44,6 +53,10 @@ class Journal:
         dropped = state / DROPPED_FILE
         self.dropped: list[str] = json.loads(dropped.read_text()) if dropped.exists() else []
         """The clients that an operator has dropped."""
+        self.safe_since = time.monotonic()
+        """Work done before this moment would survive a crash: that of the newest checkpoint."""
+        self.checkpoint_seconds: float | None = None
+        """How long the newest checkpoint of this process took."""
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
 
     async def append(self, make_entries: Callable[[], Sequence[Entry]]) -> None:
@@ -51,12 +64,15 @@ class Journal:
 
         def job() -> None:
             entries = make_entries()
-            self._with_room(lambda: self.ledger.append(entries))
+            with self._clock.phase("ledger", entries[0].header.round):
+                self._with_room(lambda: self.ledger.append(entries))
 
         await self._run(job)
 
     async def checkpoint(self, checkpoint: Checkpoint, and_write: Callable[[], None]) -> None:
         """Keep a checkpoint and begin the ledger's next window; `and_write` goes before."""
+
+        asked = time.monotonic()
 
         def job() -> None:
             self._with_room(and_write)
@@ -64,7 +80,9 @@ class Journal:
             self._with_room(lambda: self._store.save(checkpoint))
             self._with_room(lambda: self.ledger.open_window(checkpoint.round))
 
-        await self._run(job)
+        with self._clock.phase("checkpoint", checkpoint.round - 1):
+            await self._run(job)
+        self.safe_since, self.checkpoint_seconds = asked, time.monotonic() - asked
 
     async def drop(self, client_id: str) -> None:
         """Keep for good that an operator has dropped a client."""

@@ -78,6 +78,12 @@ class Ledger:
         """All answers from this round on are there."""
         return min(self._files)
 
+    @property
+    def num_bytes(self) -> int:
+        """Disk in use."""
+        with self._lock:
+            return sum(os.fstat(file.fileno()).st_size for file in list(self._files.values()))
+
     def has(self, client_id: str, key: StepKey) -> bool:
         """Whether there is an answer."""
         return (client_id, key) in self._index

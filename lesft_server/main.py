@@ -1,33 +1,63 @@
 """The command `lesft-server`."""
 
-import asyncio
-import logging
-import sys
+from lesft.commands import Command, Program
 
-from lesft.settings import load_settings
-from lesft_server.settings import ServerSettings
+_SETTINGS = "lesft_server.command_settings"
+_COMMANDS = "lesft.identity.commands"
 
-PROG = "lesft-server"
+PROGRAM = Program(
+    "lesft-server",
+    "The central server of LESFT: it runs the rest of the model for edge clients.",
+    (
+        Command(
+            "serve",
+            "load the model and serve",
+            "lesft_server.settings:ServerSettings",
+            "lesft_server.server:run",
+        ),
+        Command(
+            "status",
+            "look at a service from any machine, with an access token",
+            f"{_SETTINGS}:StatusSettings",
+            "lesft_server.status:status",
+        ),
+        Command(
+            "enroll",
+            "invite a client: make the token that it enrols with",
+            f"{_SETTINGS}:EnrollSettings",
+            f"{_COMMANDS}:enroll",
+        ),
+        Command(
+            "revoke",
+            "shut a client out, in mid-run too",
+            f"{_SETTINGS}:RevokeSettings",
+            f"{_COMMANDS}:revoke",
+        ),
+        Command(
+            "token",
+            "make or revoke a token for the control API",
+            f"{_SETTINGS}:TokenSettings",
+            f"{_COMMANDS}:token",
+        ),
+        Command(
+            "key",
+            "print the public key by which an aggregator checks this server's receipts",
+            f"{_SETTINGS}:KeySettings",
+            f"{_COMMANDS}:key",
+        ),
+        Command(
+            "access",
+            "list who may do what",
+            f"{_SETTINGS}:AccessSettings",
+            f"{_COMMANDS}:access",
+        ),
+    ),
+    default="serve",
+    log_format="%(asctime)s %(message)s",
+    log_dates="%H:%M:%S",
+)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT; exits with 1 when it cannot start."""
-    settings = load_settings(ServerSettings, PROG, sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    try:
-        _serve(settings)
-    except KeyboardInterrupt:  # while torch loads; later a signal is a request to stop
-        print(f"{PROG}: stopped", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-def _serve(settings: ServerSettings) -> None:
-    # Only now: gRPC and torch take longer to load than --help may take.
-    from lesft.errors import LesftError
-    from lesft_server.server import serve
-
-    try:
-        asyncio.run(serve(settings))
-    except (LesftError, OSError) as error:
-        print(f"{PROG}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    """Entry point."""
+    PROGRAM.run(argv)

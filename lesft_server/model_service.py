@@ -33,6 +33,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         self._adapter = adapter
         self._front_fingerprint = spec.front_fingerprint
         self._front_file = front_file
+        self.front_bytes_sent = 0
         self._description = model_pb2.DescribeRunResponse(
             spec=spec_to_message(spec),
             config_json=config_json,
@@ -72,6 +73,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
                 offset_bytes=offset, data=data, crc32=zlib.crc32(data)
             )
             offset += len(data)
+            self.front_bytes_sent += len(data)
 
     async def FetchAdapter(
         self,

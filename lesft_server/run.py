@@ -19,8 +19,11 @@ from lesft.errors import (
 )
 from lesft.micro_batch import StepKey
 from lesft.spec import RunSpec
+from lesft.wire import WireCounter
 
 log = logging.getLogger(__name__)
+
+_ROUNDS_OF_ESTIMATE = 10
 
 
 class RunState(enum.Enum):
@@ -59,6 +62,10 @@ class Member:
     """How often it came back."""
     left: bool = False
     """Whether it said that it goes, before the end."""
+    samples_trained: int = 0
+    """Of it that went through the model, repeats counted, in the course that led to it."""
+    wire: WireCounter = field(default_factory=WireCounter)
+    """Of its training streams since the server was started."""
 
     @property
     def connected(self) -> bool:
@@ -255,9 +262,13 @@ class Run:
 
     # ------------------------------------------------------------------ progress
 
-    def count_step(self, key: StepKey, digests: Iterable[bytes]) -> None:
-        """Note a step in the lineage."""
+    def count_step(
+        self, key: StepKey, digests: Iterable[bytes], num_samples: Mapping[str, int]
+    ) -> None:
+        """Note a step in the lineage, and how many samples of which clients were in it."""
         self.steps += 1
+        for name in num_samples.keys() & self.members.keys():
+            self.members[name].samples_trained += num_samples[name]
         text = b"".join([self.lineage.encode(), str(key).encode(), *digests])
         self.lineage = hashlib.sha256(text).hexdigest()
 
@@ -265,6 +276,14 @@ class Run:
         """Note a finished round."""
         self.rounds.append(record)
         log.info("round %d of %d: loss %.4f", record.round + 1, self.spec.rounds, record.loss)
+
+    def seconds_left(self) -> float | None:
+        """Estimate from the last rounds; None before the first round's end."""
+        if not self.rounds:
+            return None
+        last = self.rounds[-_ROUNDS_OF_ESTIMATE:]
+        mean = sum(record.seconds for record in last) / len(last)
+        return mean * (self.spec.rounds - len(self.rounds))
 
     def finish(self) -> None:
         """The last round is done and kept."""
@@ -293,10 +312,14 @@ class Run:
 
     def pause(self) -> None:
         """Take no further step; those under way end."""
+        if not self.paused:
+            log.info("paused by the operator")
         self._may_step.clear()
 
     def go_on(self) -> None:
         """Take steps again."""
+        if self.paused:
+            log.info("resumed by the operator")
         self._may_step.set()
         self.on_change()
 
@@ -315,6 +338,7 @@ class Run:
                     "num_samples": member.num_samples,
                     "instance_id": member.instance_id,
                     "resumed": member.resumed,
+                    "samples_trained": member.samples_trained,
                 }
                 for member in self.members.values()
             ],

@@ -13,13 +13,22 @@ import torch
 from lesft.adapter_halves import ADAPTER_FILE, SPEC_FILE
 from lesft.adapters import attach_lora
 from lesft.back import Back
-from lesft.channel import bind, check_open, make_server, set_serving
+from lesft.call_limits import CallLimiter
+from lesft.channel import set_serving
 from lesft.control import ControlServer, write_endpoints
 from lesft.device import choose_device
 from lesft.device_thread import DeviceThread
 from lesft.errors import InvalidInput, Unreachable
 from lesft.files import lock_folder, write_atomically
 from lesft.hub import model_folder
+from lesft.identity.attestation import Attester
+from lesft.identity.expiry import show_expiry
+from lesft.identity.listeners import bind_grpc, control_server, endpoints_of, grpc_server
+from lesft.identity.security import IDENTITY_FOLDER, Security
+from lesft.intake import Intake
+from lesft.live import LivePage
+from lesft.logs import note_process
+from lesft.norms import ActivationNorms
 from lesft.spec import RunSpec
 from lesft.split import check_cut_layer, check_personal_layers, default_cut_layer
 from lesft.step_messages import Limits
@@ -31,10 +40,12 @@ from lesft_server.cohort import Cohort
 from lesft_server.control_api import make_app
 from lesft_server.generation import Generation
 from lesft_server.journal import Journal, drop_journal
+from lesft_server.metrics import Metrics
 from lesft_server.run import Run
 from lesft_server.sample_store import SampleStore
 from lesft_server.session import Engine
 from lesft_server.settings import ServerSettings
+from lesft_server.step_clock import StepClock
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +62,9 @@ class Server:
         self._control: ControlServer | None = None
         self._journal: Journal | None = None
         self._lock: int | None = None
+        self._security: Security | None = None
+        self._live = LivePage()
+        self._metrics = Metrics()
         self.engine: Engine | None = None
 
     async def start(self) -> tuple[str, str]:
@@ -59,9 +73,9 @@ class Server:
         Raises LesftError when that cannot be.
         """
         settings = self._settings
-        for address in (settings.listen, settings.control):
-            check_open(address, settings.insecure)
         self._lock = lock_folder(settings.state, "server")
+        security = self._security = Security.of(settings, "server")
+        self._live.start()
         checkpoint = Checkpoint(model_folder(settings.model))
         back, spec = await self._device.run(lambda: _load(settings, checkpoint))
         engine = self.engine = await self._resume(back, spec)
@@ -79,12 +93,16 @@ class Server:
             generation.max_context,
         )
 
+        self._metrics.watch(engine, generation, models)
         names = [
             training_service.SERVICE_NAME,
             model_service.SERVICE_NAME,
             inference_service.SERVICE_NAME,
         ]
-        server, health = make_server(names)
+        self._limiter = CallLimiter(settings, self._metrics.limits)
+        server, health = grpc_server(
+            names, security, self._metrics.refused_calls.count, [self._limiter]
+        )
         self._server = server
         training_pb2_grpc.add_TrainingServiceServicer_to_server(
             training_service.TrainingService(engine), server
@@ -92,17 +110,29 @@ class Server:
         model_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
             inference_service.InferenceService(
-                generation, spec, settings.heartbeat_seconds, settings.idle_seconds
+                generation,
+                spec,
+                settings.heartbeat_seconds,
+                settings.idle_seconds,
+                engine.intake,
+                engine.norms,
             ),
             server,
         )
-        address = bind(server, settings.listen, settings.insecure)
-        self._control = ControlServer(make_app(engine, generation), settings.insecure)
+        address = bind_grpc(server, settings, security)
+        app = make_app(engine, generation, self._live, self._metrics)
+        self._control = control_server(
+            app, settings, security, self._metrics.refused_requests.around
+        )
         control_address = await self._control.start(settings.control)
         await set_serving(health, names)
         await server.start()
-        write_endpoints(settings.state, {"grpc": address, "control": control_address})
-        log.info("ready: gRPC on %s, control API on http://%s", address, control_address)
+        if security is not None:
+            security.start()
+            show_expiry(self._metrics.registry, "server", lambda: security.expires)
+        write_endpoints(settings.state, endpoints_of(settings, security, address, control_address))
+        scheme = "http" if security is None else "https"
+        log.info("ready: gRPC on %s, control API on %s://%s", address, scheme, control_address)
         return address, control_address
 
     async def _resume(self, back: Back, spec: RunSpec) -> Engine:
@@ -110,13 +140,15 @@ class Server:
         settings = self._settings
         if settings.fresh:
             drop_journal(settings.state)
-        loop = asyncio.get_running_loop()
+        attester = Attester(settings.state / IDENTITY_FOLDER)
+        loop, clock = asyncio.get_running_loop(), StepClock(spec.fingerprint())
+        note_process(run=spec.run_id)
 
         def on_wait(reason: str) -> None:
             loop.call_soon_threadsafe(setattr, run, "obstacle", reason)
 
         try:
-            journal = self._journal = Journal(settings.state, spec.fingerprint(), on_wait)
+            journal = self._journal = Journal(settings.state, spec.fingerprint(), clock, on_wait)
         except InvalidInput as error:
             raise InvalidInput(f"{error}{_difference(settings.state / SPEC_FILE, spec)}") from None
         write_atomically(settings.state / SPEC_FILE, spec.model_dump_json(indent=2).encode())
@@ -125,7 +157,9 @@ class Server:
         if newest is not None:
             await self._device.run(lambda: back.load_state(newest.tensors))
             log.info("going on from the checkpoint of round %d", newest.round)
-        cohort = Cohort(run, back, self._device, journal, settings.state / ADAPTER_FILE)
+        cohort = Cohort(
+            run, back, self._device, journal, settings.state / ADAPTER_FILE, clock, attester
+        )
         if newest is not None:
             cohort.write_adapter(newest)  # as this version writes it; an older one may have before
         # In a thread: it reads what it has kept.
@@ -139,7 +173,12 @@ class Server:
             journal=journal,
             cohort=cohort,
             samples=samples,
+            clock=clock,
             limits=Limits(spec, back.model.config.hidden_size, back.model.config.vocab_size),
+            intake=Intake(settings.max_receiving_mib << 20, "--max-receiving-mib"),
+            norms=ActivationNorms(
+                settings.max_activation_norm, settings.norm_policy, self._metrics.limits
+            ),
             heartbeat_seconds=settings.heartbeat_seconds,
             stall_seconds=settings.stall_seconds,
         )
@@ -154,13 +193,21 @@ class Server:
             self.engine.cohort.close()
         if self._server is not None:
             await self._server.stop(_GRACE_SECONDS)
+        self._live.stop()
         if self._control is not None:
             await self._control.stop()
+        if self._security is not None:
+            await self._security.stop()
         self._device.close()
         if self._journal is not None:
             self._journal.close()
         if self._lock is not None:
             os.close(self._lock)
+
+
+def run(settings: ServerSettings) -> None:
+    """The command: serve until SIGTERM or SIGINT. Raises LesftError when it cannot start."""
+    asyncio.run(serve(settings))
 
 
 async def serve(settings: ServerSettings) -> None:

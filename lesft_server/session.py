@@ -7,14 +7,17 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lesft.back import Back
-from lesft.bundle import BundleReader, bundle_chunks
+from lesft.bundle import BundleReader, bundle_chunks, check_announced
 from lesft.device_thread import DeviceThread
 from lesft.errors import BundleError, LesftError, OutOfOrder, Unreachable
+from lesft.intake import Intake
+from lesft.logs import note
 from lesft.micro_batch import Path, StepKey, Targets
+from lesft.norms import ActivationNorms
 from lesft.step_messages import (
     Limits,
     check_lengths,
@@ -23,11 +26,13 @@ from lesft.step_messages import (
     micro_batch_from_message,
 )
 from lesft.v1 import heartbeat_pb2, training_pb2
+from lesft.wire import Kind, chunk_messages_bytes, micro_batch_parts, tensor_bytes
 from lesft_server.cohort import Cohort, Request
 from lesft_server.handshake import resume_point
 from lesft_server.journal import Journal
 from lesft_server.run import Run, RunState
 from lesft_server.sample_store import SampleStore
+from lesft_server.step_clock import StepClock
 
 MAX_HELD_OUT_WAITING = 8
 """Held-out requests of one session that may wait for their answers at once."""
@@ -68,8 +73,13 @@ class Engine:
     cohort: Cohort
     samples: SampleStore
     limits: Limits
+    clock: StepClock
+    intake: Intake
+    norms: ActivationNorms
     heartbeat_seconds: float
     stall_seconds: float
+    scoring: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """A training step waits for one held-out request at most, however many there are."""
 
 
 class Session:
@@ -83,6 +93,7 @@ class Session:
         self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._sending_since: float | None = None
         self._heartbeats: list[float] = []
+        self._handed_in = False
         self.state = SessionState.OPEN
         run, cohort, client_id = engine.run, engine.cohort, opening.client_id
         run.check_join(client_id, opening.num_samples, opening.instance_id)
@@ -100,6 +111,8 @@ class Session:
         cohort.welcome(client_id)
         self.member = run.join(client_id, opening.num_samples, opening.instance_id, self._tell)
         self.member.next_key = self._next_key
+        self._wire = self.member.wire
+        self._wire.add("up", "other", training_pb2.TrainRequest(open=opening).ByteSize())
         self.held = engine.samples.of(client_id, opening.instance_id)
         """The samples whose activations were sent before; none where clients train."""
 
@@ -107,6 +120,7 @@ class Session:
 
     async def receive(self, requests: _Requests) -> None:
         """Read the stream until the session ends; whatever breaks a rule ends it."""
+        note(client=self.member.client_id)
         try:
             while self.state is SessionState.OPEN:
                 await self._receive_one(requests)
@@ -116,6 +130,8 @@ class Session:
     async def _receive_one(self, requests: _Requests) -> None:
         request = await self._next(requests)
         kind = request.WhichOneof("message")
+        if kind != "micro_batch":
+            self._wire.add("up", "other", request.ByteSize())
         if kind == "micro_batch":
             await self._receive_micro_batch(request.micro_batch, requests)
         elif kind == "held_out":
@@ -147,6 +163,7 @@ class Session:
             check_lengths(header, self._engine.limits)
             data = await self._receive_bundle(header, requests)
         request = await asyncio.to_thread(self._read_request, header, data)
+        self._handed_in = True
         if self.state is SessionState.OPEN:
             self._next_key = key.following(spec.accumulation)
             self.member.next_key = self._next_key
@@ -154,27 +171,40 @@ class Session:
 
     def _read_request(self, header: training_pb2.MicroBatch, data: bytes) -> Request:
         """Runs in a thread of its own."""
-        batch = micro_batch_from_message(header, data, self._engine.limits)
-        if not self._engine.run.spec.train_front:
-            return Request(*self.held.complete(batch))
-        digest = hashlib.sha256(header.SerializeToString(deterministic=True))
-        digest.update(data)
-        return Request(batch, digest.digest())
+        engine, parts = self._engine, dict[Kind, int]()
+        with engine.clock.phase("decode", header.round, client=self.member.client_id):
+            try:
+                batch = micro_batch_from_message(header, data, engine.limits, engine.norms.admit)
+                parts = micro_batch_parts(batch, engine.run.spec.activation_encoding)
+            finally:
+                size = training_pb2.TrainRequest(micro_batch=header).ByteSize()
+                self._wire.add_message("up", size + chunk_messages_bytes(len(data)), parts)
+            if not engine.run.spec.train_front:
+                return Request(*self.held.complete(batch))
+            digest = hashlib.sha256(header.SerializeToString(deterministic=True))
+            digest.update(data)
+            return Request(batch, digest.digest())
 
     async def _receive_held_out(self, header: training_pb2.HeldOut, requests: _Requests) -> None:
         if self._unanswered["held_out"] == MAX_HELD_OUT_WAITING:
             raise OutOfOrder(f"at most {MAX_HELD_OUT_WAITING} held_out requests may be unanswered")
         check_lengths(header, self._engine.limits)
         data = await self._receive_bundle(header, requests)
+        self._wire.add("up", "other", chunk_messages_bytes(len(data)))
         base, targets = await asyncio.to_thread(
-            held_out_from_message, header, data, self._engine.limits
+            held_out_from_message, header, data, self._engine.limits, self._engine.norms.admit
         )
         self._answer_with("held_out", self._score(header.index, base, targets))
 
     async def _receive_bundle(
         self, header: training_pb2.MicroBatch | training_pb2.HeldOut, requests: _Requests
     ) -> bytes:
-        reader = BundleReader(header.bundle, self._engine.limits.bundle_bytes(header))
+        most = self._engine.limits.bundle_bytes(header)
+        check_announced(header.bundle, most)
+        async with self._engine.intake.room(header.bundle.total_bytes):
+            return await self._receive_chunks(BundleReader(header.bundle, most), requests)
+
+    async def _receive_chunks(self, reader: BundleReader, requests: _Requests) -> bytes:
         while not reader.complete:
             request = await self._next(requests)
             kind = request.WhichOneof("message")
@@ -259,13 +289,27 @@ class Session:
                     self._end.result()
                     return
                 if not waiting.done():
-                    yield self._heartbeat()
+                    heartbeat = self._heartbeat()
+                    self._wire.add("down", "other", heartbeat.ByteSize())
+                    yield heartbeat
             header, data = waiting.result()
         finally:
             waiting.cancel()
+        started = time.monotonic()
         yield header
         for chunk in bundle_chunks(data):
             yield training_pb2.TrainResponse(chunk=chunk)
+        self._count_answer(header, data, started)
+
+    def _count_answer(
+        self, header: training_pb2.TrainResponse, data: bytes, started: float
+    ) -> None:
+        """Note an answer that was sent whole."""
+        size = header.ByteSize() + chunk_messages_bytes(len(data))
+        self._wire.add_message("down", size, {"gradients": tensor_bytes(data)})
+        if header.WhichOneof("message") == "step":
+            name = self.member.client_id
+            self._engine.clock.since("send", header.step.round, started, client=name)
 
     async def _take_answer(self) -> _Answer:
         kind, answer = await self._outbox.get()
@@ -295,7 +339,8 @@ class Session:
         return read
 
     async def _score(self, index: int, base: Path, targets: Targets) -> _Read:
-        sums = await self._engine.device.run(lambda: self._engine.back.score(base, targets))
+        async with self._engine.scoring:
+            sums = await self._engine.device.run(lambda: self._engine.back.score(base, targets))
 
         async def read() -> _Answer:
             result = training_pb2.HeldOutResult(index=index, nll_sums=sums)
@@ -336,4 +381,6 @@ class Session:
             self._engine.cohort.withdraw(self.member.client_id)
         if self._engine.run.state is RunState.FINISHED and state is SessionState.LEFT:
             self.held.drop()
+        if not self._handed_in:
+            self._engine.cohort.came_in_vain(self.member.client_id)
         self._engine.run.leave(self.member, self._tell, reason, left=error is None)

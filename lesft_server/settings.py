@@ -6,11 +6,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from lesft.settings import ServiceSettings
+from lesft.identity.settings import SecuritySettings
+from lesft.limit_settings import CallLimits
+from lesft.logs import LogSettings
 from lesft.spec import RunOptions, RunSpec
 
 
-class ServerSettings(ServiceSettings, RunOptions):
+class ServerSettings(SecuritySettings, CallLimits, RunOptions, LogSettings):
     """LESFT's central server: the back of the model for a cohort of edge clients."""
 
     model_config = SettingsConfigDict(env_prefix="LESFT_SERVER_")
@@ -20,9 +22,6 @@ class ServerSettings(ServiceSettings, RunOptions):
     state: Path = Field(description="Folder for what the server keeps.")
     listen: str = Field("127.0.0.1:50051", description="HOST:PORT of the gRPC service.")
     control: str = Field("127.0.0.1:8051", description="HOST:PORT of the control API.")
-    insecure: bool = Field(
-        False, description="Allow unencrypted traffic beyond this machine: anyone may read it."
-    )
     device: str = Field("auto", description="torch device; auto takes CUDA when there is one.")
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="fp32, or bf16 weights and autocast with adapters in fp32."
@@ -56,6 +55,18 @@ class ServerSettings(ServiceSettings, RunOptions):
         ge=0,
         description="Disk for activations of clients that do not train, in MiB; what has no room "
         "is sent again.",
+    )
+    max_receiving_mib: int = Field(
+        2048,
+        ge=1,
+        description="Room for all bundles that are being received at once, in MiB; the rest wait.",
+    )
+    max_activation_norm: float = Field(
+        0, ge=0, description="Largest L2 norm of one token's hidden state; 0: no limit."
+    )
+    norm_policy: Literal["refuse", "clip"] = Field(
+        "refuse",
+        description="Hidden states above that norm end their client's call, or are cut down to it.",
     )
     heartbeat_seconds: float = Field(
         5, gt=0, description="How often the server and its clients say that they are there."

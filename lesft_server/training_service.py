@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from grpc.aio import ServicerContext
 
 from lesft.errors import OutOfOrder
+from lesft.identity.caller import check_acts_for_itself
 from lesft.spec_messages import spec_to_message
 from lesft.v1 import training_pb2, training_pb2_grpc
 from lesft_server.handshake import check_opening
@@ -30,7 +31,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
     ) -> AsyncIterator[training_pb2.TrainResponse]:
         """See training.proto."""
         requests = aiter(request_iterator)
-        session = await self._open(requests)
+        session = await self._open(requests, context)
         receiving = asyncio.create_task(session.receive(requests))
         # A client that reads nothing must not keep its call for ever.
         loop, call = asyncio.get_running_loop(), asyncio.current_task()
@@ -38,7 +39,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
         session.on_end(lambda: loop.call_later(_GRACE_SECONDS, call.cancel))
         try:
             resumes_at = session.resumes_at
-            yield training_pb2.TrainResponse(
+            opened = training_pb2.TrainResponse(
                 opened=training_pb2.SessionOpened(
                     spec=spec_to_message(self._engine.run.spec),
                     next=training_pb2.Position(
@@ -49,13 +50,19 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
                     held=session.held.numbers,
                 )
             )
+            session.member.wire.add("down", "other", opened.ByteSize())
+            yield opened
             async for response in session.answers():
                 yield response
         finally:
             receiving.cancel()
             session.close()
 
-    async def _open(self, requests: AsyncIterator[training_pb2.TrainRequest]) -> Session:
+    async def _open(
+        self,
+        requests: AsyncIterator[training_pb2.TrainRequest],
+        context: ServicerContext[training_pb2.TrainRequest, training_pb2.TrainResponse],
+    ) -> Session:
         seconds = self._engine.stall_seconds
         try:
             request = await asyncio.wait_for(anext(requests, None), seconds)
@@ -63,5 +70,6 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
             raise OutOfOrder(f"open did not come within {seconds:g} s") from None
         if request is None or request.WhichOneof("message") != "open":
             raise OutOfOrder("the first message of a session must be open")
+        check_acts_for_itself(context, request.open.client_id)
         check_opening(request.open, self._engine.run.spec)
         return Session(self._engine, request.open)

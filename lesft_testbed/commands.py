@@ -36,6 +36,8 @@ def server_command(
         "precision": settings.precision,
         "threads": settings.server_threads,
     }
+    if settings.tls:
+        own["tls"] = "on"
     return [program("lesft-server"), *options({**own, **_run_options(settings), **more})]
 
 
@@ -50,6 +52,8 @@ def aggregator_command(
         "listen": _ANY_PORT,
         "control": _ANY_PORT,
     }
+    if settings.tls:
+        own["tls"] = "on"
     if settings.mode == "deadline":
         own |= {"quorum": settings.required, "deadline_seconds": settings.deadline_seconds}
     return [program("lesft-aggregator"), *options({**own, **more})]
@@ -91,6 +95,8 @@ def client_command(
         own |= {"local": True, "run": _run_options(settings)}
     if aggregator:
         own["aggregator"] = aggregator
+    if settings.tls:
+        own |= {"identity": state / "identity", "enrol_with": enrolment_tokens(settings, state)}
     return [program("lesft-client"), "train", *options({**own, **more})]
 
 
@@ -135,6 +141,12 @@ def serve_command(settings: RunSettings, model: str, state: Path, server: str) -
         "state": state,
     }
     return [program("lesft-client"), "serve", *options(own)]
+
+
+def enrolment_tokens(settings: RunSettings, state: Path) -> list[Path]:
+    """Files for the tokens that a client enrols with, in its state folder."""
+    needed = {"server": settings.split, "aggregator": settings.needs_aggregator}
+    return [state / f"{service}.token" for service, is_there in needed.items() if is_there]
 
 
 def _run_options(settings: RunSettings) -> dict[str, Any]:

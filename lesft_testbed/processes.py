@@ -56,12 +56,16 @@ class Process:
 
     def address(self, kind: str) -> str | None:
         """The real address of "grpc" or "control" once the service listens there."""
+        return self.endpoint(kind)
+
+    def endpoint(self, name: str) -> str | None:
+        """What the service has written in its endpoints.json; see `lesft.control`."""
         try:
-            addresses = json.loads((self.state / ENDPOINTS_FILE).read_text())
+            written = json.loads((self.state / ENDPOINTS_FILE).read_text())
         except FileNotFoundError:
             return None
-        address: str | None = addresses.get(kind)
-        return address
+        value: str | None = written.get(name)
+        return value
 
     def measure_memory(self) -> int:
         """Resident memory in bytes now; remembers the peak. 0 when the process has ended."""

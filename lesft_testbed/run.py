@@ -3,12 +3,22 @@
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lesft.identity.certificates import write_private
+from lesft.identity.commands import invite
+from lesft.identity.settings import Service
 from lesft_testbed.adapters import ADAPTER_FOLDER, gather_adapters
 from lesft_testbed.answering import ask_questions
-from lesft_testbed.commands import aggregator_command, client_command, client_name, server_command
+from lesft_testbed.commands import (
+    aggregator_command,
+    client_command,
+    client_name,
+    enrolment_tokens,
+    server_command,
+)
 from lesft_testbed.data_digest import data_sha256
 from lesft_testbed.default_model import default_model
 from lesft_testbed.display import Display
@@ -93,6 +103,8 @@ class RunCommand:
         while not all(_address(service) for service in services.values()):
             self._look(processes, watcher, rounds)
         addresses = {name: _address(service) for name, service in services.items()}
+        if settings.tls:
+            self._invite_clients(state_of)
         for index, name in enumerate(self._clients):
             command = client_command(
                 settings,
@@ -103,6 +115,14 @@ class RunCommand:
                 addresses.get("aggregator", ""),
             )
             processes.start(name, command)
+
+    def _invite_clients(self, state_of: Callable[[str], Path]) -> None:
+        """As the operators of server and aggregator would, one client after another."""
+        for name in self._clients:
+            for file in enrolment_tokens(self._settings, state_of(name)):
+                service: Service = "server" if file.stem == "server" else "aggregator"
+                ticket = invite(state_of(service), service, name)
+                write_private(file, ticket.text().encode())
 
     def _train(self, processes: Processes, watcher: Watcher, rounds: RoundLog) -> None:
         """Watch until all clients have ended well."""

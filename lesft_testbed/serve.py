@@ -23,7 +23,8 @@ _ADDRESS = "SERVER"
 
 def write_commands(processes: Processes, settings: RunSettings, model: str) -> None:
     """Leave the commands that serve the run's result beside it."""
-    settings = settings.model_copy(update={"cache": settings.cache.absolute()})
+    # On this machine, and on another port each time: nobody would be enrolled with that.
+    settings = settings.model_copy(update={"cache": settings.cache.absolute(), "tls": False})
     if Path(model).exists():
         model = str(Path(model).absolute())
     commands = {

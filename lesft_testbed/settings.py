@@ -72,6 +72,11 @@ class RunSettings(CacheSettings, RunOptions):
         "wordproblems",
         description="gsm8k, commonsense_qa, aqua_rat, wordproblems, a JSONL file or a data folder.",
     )
+    tls: bool = Field(
+        False,
+        description="Encrypt all connections, as between machines: clients enrol, and certificates "
+        "say who they are.",
+    )
     samples: int = Field(12, ge=1, description="Samples that each client trains on.")
     skew: Literal["none", "label", "answer", "steps", "size"] = Field(
         "none",

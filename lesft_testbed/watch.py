@@ -1,11 +1,17 @@
 """What all services are doing, read from their control APIs."""
 
+import os
+import ssl
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
 
+from lesft.identity.commands import give_access
+from lesft.identity.security import open_authority
+from lesft.identity.settings import Service
 from lesft_testbed.processes import Process, Processes
 
 _TIMEOUT_SECONDS = 2
@@ -30,12 +36,13 @@ class Watcher:
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
-        self._http = httpx.Client(timeout=_TIMEOUT_SECONDS, trust_env=False)
+        self._http: dict[str, httpx.Client] = {}
         self._last: dict[str, ServiceView] = {}
 
     def close(self) -> None:
         """Close the connections."""
-        self._http.close()
+        for client in self._http.values():
+            client.close()
 
     def get(self, process: Process, path: str) -> Any:
         """An answer as JSON, or None when the service does not answer."""
@@ -43,10 +50,16 @@ class Watcher:
         if address is None or process.exit_status is not None:
             return None
         try:
-            response = self._http.get(f"http://{address}{path}").raise_for_status()
+            response = self._client(process, address).get(path).raise_for_status()
         except httpx.HTTPError:
             return None
         return response.json()
+
+    def _client(self, process: Process, address: str) -> httpx.Client:
+        """Of its own for each service; over TLS, with a token of ours, where that is asked for."""
+        if address not in self._http:
+            self._http[address] = _connect(process, address)
+        return self._http[address]
 
     def look(self) -> Sequence[ServiceView]:
         """All services, in the order they were started; as seen last where one does not answer."""
@@ -78,3 +91,19 @@ class Watcher:
             status["bytes_up"],
             status["bytes_down"],
         )
+
+
+def _connect(process: Process, address: str) -> httpx.Client:
+    name, tls = process.name, process.endpoint("tls") not in (None, "off")
+    if not tls or name not in ("server", "aggregator"):
+        return httpx.Client(base_url=f"http://{address}", timeout=_TIMEOUT_SECONDS, trust_env=False)
+    service: Service = "server" if name == "server" else "aggregator"
+    token = give_access(process.state, service, f"testbed-{os.getpid()}-{time.time_ns()}", "viewer")
+    authority = open_authority(process.state, service).certificate_pem.decode()
+    return httpx.Client(
+        base_url=f"https://{address}",
+        headers={"Authorization": f"Bearer {token.text()}"},
+        verify=ssl.create_default_context(cadata=authority),
+        timeout=_TIMEOUT_SECONDS,
+        trust_env=False,
+    )

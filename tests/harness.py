@@ -19,12 +19,12 @@ from lesft.spec_messages import encoding_to_message, lora_to_message
 from lesft.step_messages import Limits
 from lesft.v1 import training_pb2
 from lesft.weights import Checkpoint, load_front
+from lesft.wire import WireCounter
 from lesft_client.data import EncodedSample
 from lesft_client.front import Front
 from lesft_client.link import Patience, ServerLink
 from lesft_client.status import Status
 from lesft_client.trainer import Trainer
-from lesft_client.wire import WireCounter
 from lesft_server.server import Server
 from lesft_server.session import Engine
 from lesft_server.settings import ServerSettings
@@ -32,6 +32,9 @@ from tests import tiny_models
 from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
 
 CPU = torch.device("cpu")
+
+_BUILDING = threading.Lock()
+"""One model at a time: `init_empty_weights` changes torch for all threads meanwhile."""
 
 
 def save_tiny_model(folder: Path, family: str = "llama", seed: int = 0, **changes: Any) -> Path:
@@ -121,7 +124,9 @@ class MeanAggregator:
     _submitted: dict[int, list[Mapping[str, torch.Tensor]]] = field(default_factory=dict)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def submit(self, base_version: int, state: Mapping[str, torch.Tensor]) -> None:
+    def submit(
+        self, base_version: int, state: Mapping[str, torch.Tensor], receipt: bytes = b""
+    ) -> None:
         with self._changed:
             self._submitted.setdefault(base_version, []).append(state)
             self._changed.notify_all()
@@ -155,7 +160,7 @@ def open_session(
     }
     opening = training_pb2.OpenSession(**{**fields, **changes})
     link = ServerLink(
-        lambda: open_channel(address, insecure=False),
+        lambda: open_channel(address),
         opening,
         limits,
         f"server {address}",
@@ -173,8 +178,9 @@ def limits_of(spec: RunSpec) -> Limits:
 
 def make_front(model: Path, spec: RunSpec, client_id: str) -> Front:
     """A front with fresh adapters."""
-    front = load_front(Checkpoint(model), spec.cut_layer, torch.float32, CPU)
-    attach_lora(front, spec.lora, spec.seed, 0)
+    with _BUILDING:
+        front = load_front(Checkpoint(model), spec.cut_layer, torch.float32, CPU)
+        attach_lora(front, spec.lora, spec.seed, 0)
     return Front(front, spec, client_id)
 
 

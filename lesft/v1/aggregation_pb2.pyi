@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from lesft.v1 import heartbeat_pb2 as _heartbeat_pb2
+from lesft.v1 import receipt_pb2 as _receipt_pb2
 from lesft.v1 import tensor_pb2 as _tensor_pb2
 import builtins as _builtins
 import sys
@@ -135,6 +136,7 @@ class Submission(_message.Message):
     BASE_VERSION_FIELD_NUMBER: _builtins.int
     NUM_SAMPLES_FIELD_NUMBER: _builtins.int
     BUNDLE_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
     client_id: _builtins.str
     """Name of the client."""
     run_id: _builtins.str
@@ -147,6 +149,10 @@ class Submission(_message.Message):
     def bundle(self) -> _tensor_pb2.BundleInfo:
         """The bundle that follows."""
 
+    @_builtins.property
+    def receipt(self) -> _receipt_pb2.Receipt:
+        """The central server's word on what was trained; aggregators that know its key ask for it."""
+
     def __init__(
         self,
         *,
@@ -155,10 +161,11 @@ class Submission(_message.Message):
         base_version: _builtins.int = ...,
         num_samples: _builtins.int = ...,
         bundle: _tensor_pb2.BundleInfo | None = ...,
+        receipt: _receipt_pb2.Receipt | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_version", b"base_version", "bundle", b"bundle", "client_id", b"client_id", "num_samples", b"num_samples", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_version", b"base_version", "bundle", b"bundle", "client_id", b"client_id", "num_samples", b"num_samples", "receipt", b"receipt", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

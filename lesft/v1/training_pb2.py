@@ -23,39 +23,40 @@ _sym_db = _symbol_database.Default()
 
 
 from lesft.v1 import heartbeat_pb2 as lesft_dot_v1_dot_heartbeat__pb2
+from lesft.v1 import receipt_pb2 as lesft_dot_v1_dot_receipt__pb2
 from lesft.v1 import run_pb2 as lesft_dot_v1_dot_run__pb2
 from lesft.v1 import tensor_pb2 as lesft_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17lesft/v1/training.proto\x12\x08lesft.v1\x1a\x18lesft/v1/heartbeat.proto\x1a\x12lesft/v1/run.proto\x1a\x15lesft/v1/tensor.proto\"\x82\x02\n\x0cTrainRequest\x12%\n\x04open\x18\x01 \x01(\x0b\x32\x15.lesft.v1.OpenSessionH\x00\x12+\n\x0bmicro_batch\x18\x02 \x01(\x0b\x32\x14.lesft.v1.MicroBatchH\x00\x12%\n\x08held_out\x18\x03 \x01(\x0b\x32\x11.lesft.v1.HeldOutH\x00\x12 \n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x0f.lesft.v1.ChunkH\x00\x12 \n\x05leave\x18\x05 \x01(\x0b\x32\x0f.lesft.v1.LeaveH\x00\x12(\n\theartbeat\x18\x06 \x01(\x0b\x32\x13.lesft.v1.HeartbeatH\x00\x42\t\n\x07message\"\xe4\x01\n\rTrainResponse\x12)\n\x06opened\x18\x01 \x01(\x0b\x32\x17.lesft.v1.SessionOpenedH\x00\x12$\n\x04step\x18\x02 \x01(\x0b\x32\x14.lesft.v1.StepResultH\x00\x12+\n\x08held_out\x18\x03 \x01(\x0b\x32\x17.lesft.v1.HeldOutResultH\x00\x12 \n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x0f.lesft.v1.ChunkH\x00\x12(\n\theartbeat\x18\x05 \x01(\x0b\x32\x13.lesft.v1.HeartbeatH\x00\x42\t\n\x07message\"\xeb\x02\n\x0bOpenSession\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tclient_id\x18\x02 \x01(\t\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12\x19\n\x11\x66ront_fingerprint\x18\x04 \x01(\t\x12\x11\n\tcut_layer\x18\x05 \x01(\r\x12 \n\x04lora\x18\x06 \x01(\x0b\x32\x12.lesft.v1.LoraSpec\x12/\n\x13\x61\x63tivation_encoding\x18\x07 \x01(\x0e\x32\x12.lesft.v1.Encoding\x12-\n\x11gradient_encoding\x18\x08 \x01(\x0e\x32\x12.lesft.v1.Encoding\x12\x13\n\x0bnum_samples\x18\t \x01(\x04\x12\x13\n\x0binstance_id\x18\x0b \x01(\t\x12\x19\n\x11\x63heckpoint_rounds\x18\x0c \x03(\r\x12$\n\x08position\x18\r \x01(\x0b\x32\x12.lesft.v1.PositionJ\x04\x08\n\x10\x0b\"(\n\x08Position\x12\r\n\x05round\x18\x01 \x01(\r\x12\r\n\x05micro\x18\x02 \x01(\r\"\x9d\x01\n\rSessionOpened\x12\x1f\n\x04spec\x18\x01 \x01(\x0b\x32\x11.lesft.v1.RunSpec\x12 \n\x04next\x18\x02 \x01(\x0b\x32\x12.lesft.v1.Position\x12 \n\x06\x63ourse\x18\x03 \x01(\x0e\x32\x10.lesft.v1.Course\x12\x19\n\x11heartbeat_seconds\x18\x04 \x01(\x01\x12\x0c\n\x04held\x18\x05 \x03(\r\"\xbc\x01\n\nMicroBatch\x12\r\n\x05round\x18\x01 \x01(\r\x12\r\n\x05micro\x18\x02 \x01(\r\x12\x14\n\x0c\x62\x61se_lengths\x18\x03 \x03(\r\x12\x19\n\x11reference_lengths\x18\x04 \x03(\r\x12\x16\n\x0etarget_lengths\x18\x05 \x03(\r\x12$\n\x06\x62undle\x18\x06 \x01(\x0b\x32\x14.lesft.v1.BundleInfo\x12\x0f\n\x07samples\x18\x07 \x03(\r\x12\x10\n\x08\x65nclosed\x18\x08 \x03(\r\"\xa3\x01\n\nStepResult\x12\r\n\x05round\x18\x01 \x01(\r\x12\r\n\x05micro\x18\x02 \x01(\r\x12\x0c\n\x04loss\x18\x03 \x01(\x01\x12\x0b\n\x03nll\x18\x04 \x01(\x01\x12\x14\n\x0c\x63lass_counts\x18\x05 \x03(\r\x12$\n\x06\x62undle\x18\x06 \x01(\x0b\x32\x14.lesft.v1.BundleInfo\x12\x12\n\ncheckpoint\x18\x07 \x01(\x08\x12\x0c\n\x04held\x18\x08 \x03(\r\"l\n\x07HeldOut\x12\r\n\x05index\x18\x01 \x01(\r\x12\x14\n\x0c\x62\x61se_lengths\x18\x02 \x03(\r\x12\x16\n\x0etarget_lengths\x18\x03 \x03(\r\x12$\n\x06\x62undle\x18\x04 \x01(\x0b\x32\x14.lesft.v1.BundleInfo\"0\n\rHeldOutResult\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08nll_sums\x18\x02 \x03(\x01\"\x17\n\x05Leave\x12\x0e\n\x06reason\x18\x01 \x01(\t*\\\n\x06\x43ourse\x12\x16\n\x12\x43OURSE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43OURSE_CONTINUE\x10\x01\x12\x12\n\x0e\x43OURSE_GO_BACK\x10\x02\x12\x11\n\rCOURSE_REJOIN\x10\x03\x32O\n\x0fTrainingService\x12<\n\x05Train\x12\x16.lesft.v1.TrainRequest\x1a\x17.lesft.v1.TrainResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17lesft/v1/training.proto\x12\x08lesft.v1\x1a\x18lesft/v1/heartbeat.proto\x1a\x16lesft/v1/receipt.proto\x1a\x12lesft/v1/run.proto\x1a\x15lesft/v1/tensor.proto\"\x82\x02\n\x0cTrainRequest\x12%\n\x04open\x18\x01 \x01(\x0b\x32\x15.lesft.v1.OpenSessionH\x00\x12+\n\x0bmicro_batch\x18\x02 \x01(\x0b\x32\x14.lesft.v1.MicroBatchH\x00\x12%\n\x08held_out\x18\x03 \x01(\x0b\x32\x11.lesft.v1.HeldOutH\x00\x12 \n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x0f.lesft.v1.ChunkH\x00\x12 \n\x05leave\x18\x05 \x01(\x0b\x32\x0f.lesft.v1.LeaveH\x00\x12(\n\theartbeat\x18\x06 \x01(\x0b\x32\x13.lesft.v1.HeartbeatH\x00\x42\t\n\x07message\"\xe4\x01\n\rTrainResponse\x12)\n\x06opened\x18\x01 \x01(\x0b\x32\x17.lesft.v1.SessionOpenedH\x00\x12$\n\x04step\x18\x02 \x01(\x0b\x32\x14.lesft.v1.StepResultH\x00\x12+\n\x08held_out\x18\x03 \x01(\x0b\x32\x17.lesft.v1.HeldOutResultH\x00\x12 \n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x0f.lesft.v1.ChunkH\x00\x12(\n\theartbeat\x18\x05 \x01(\x0b\x32\x13.lesft.v1.HeartbeatH\x00\x42\t\n\x07message\"\xeb\x02\n\x0bOpenSession\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tclient_id\x18\x02 \x01(\t\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12\x19\n\x11\x66ront_fingerprint\x18\x04 \x01(\t\x12\x11\n\tcut_layer\x18\x05 \x01(\r\x12 \n\x04lora\x18\x06 \x01(\x0b\x32\x12.lesft.v1.LoraSpec\x12/\n\x13\x61\x63tivation_encoding\x18\x07 \x01(\x0e\x32\x12.lesft.v1.Encoding\x12-\n\x11gradient_encoding\x18\x08 \x01(\x0e\x32\x12.lesft.v1.Encoding\x12\x13\n\x0bnum_samples\x18\t \x01(\x04\x12\x13\n\x0binstance_id\x18\x0b \x01(\t\x12\x19\n\x11\x63heckpoint_rounds\x18\x0c \x03(\r\x12$\n\x08position\x18\r \x01(\x0b\x32\x12.lesft.v1.PositionJ\x04\x08\n\x10\x0b\"(\n\x08Position\x12\r\n\x05round\x18\x01 \x01(\r\x12\r\n\x05micro\x18\x02 \x01(\r\"\x9d\x01\n\rSessionOpened\x12\x1f\n\x04spec\x18\x01 \x01(\x0b\x32\x11.lesft.v1.RunSpec\x12 \n\x04next\x18\x02 \x01(\x0b\x32\x12.lesft.v1.Position\x12 \n\x06\x63ourse\x18\x03 \x01(\x0e\x32\x10.lesft.v1.Course\x12\x19\n\x11heartbeat_seconds\x18\x04 \x01(\x01\x12\x0c\n\x04held\x18\x05 \x03(\r\"\xbc\x01\n\nMicroBatch\x12\r\n\x05round\x18\x01 \x01(\r\x12\r\n\x05micro\x18\x02 \x01(\r\x12\x14\n\x0c\x62\x61se_lengths\x18\x03 \x03(\r\x12\x19\n\x11reference_lengths\x18\x04 \x03(\r\x12\x16\n\x0etarget_lengths\x18\x05 \x03(\r\x12$\n\x06\x62undle\x18\x06 \x01(\x0b\x32\x14.lesft.v1.BundleInfo\x12\x0f\n\x07samples\x18\x07 \x03(\r\x12\x10\n\x08\x65nclosed\x18\x08 \x03(\r\"\xc7\x01\n\nStepResult\x12\r\n\x05round\x18\x01 \x01(\r\x12\r\n\x05micro\x18\x02 \x01(\r\x12\x0c\n\x04loss\x18\x03 \x01(\x01\x12\x0b\n\x03nll\x18\x04 \x01(\x01\x12\x14\n\x0c\x63lass_counts\x18\x05 \x03(\r\x12$\n\x06\x62undle\x18\x06 \x01(\x0b\x32\x14.lesft.v1.BundleInfo\x12\x12\n\ncheckpoint\x18\x07 \x01(\x08\x12\x0c\n\x04held\x18\x08 \x03(\r\x12\"\n\x07receipt\x18\t \x01(\x0b\x32\x11.lesft.v1.Receipt\"l\n\x07HeldOut\x12\r\n\x05index\x18\x01 \x01(\r\x12\x14\n\x0c\x62\x61se_lengths\x18\x02 \x03(\r\x12\x16\n\x0etarget_lengths\x18\x03 \x03(\r\x12$\n\x06\x62undle\x18\x04 \x01(\x0b\x32\x14.lesft.v1.BundleInfo\"0\n\rHeldOutResult\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08nll_sums\x18\x02 \x03(\x01\"\x17\n\x05Leave\x12\x0e\n\x06reason\x18\x01 \x01(\t*\\\n\x06\x43ourse\x12\x16\n\x12\x43OURSE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43OURSE_CONTINUE\x10\x01\x12\x12\n\x0e\x43OURSE_GO_BACK\x10\x02\x12\x11\n\rCOURSE_REJOIN\x10\x03\x32O\n\x0fTrainingService\x12<\n\x05Train\x12\x16.lesft.v1.TrainRequest\x1a\x17.lesft.v1.TrainResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lesft.v1.training_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_COURSE']._serialized_start=1708
-  _globals['_COURSE']._serialized_end=1800
-  _globals['_TRAINREQUEST']._serialized_start=107
-  _globals['_TRAINREQUEST']._serialized_end=365
-  _globals['_TRAINRESPONSE']._serialized_start=368
-  _globals['_TRAINRESPONSE']._serialized_end=596
-  _globals['_OPENSESSION']._serialized_start=599
-  _globals['_OPENSESSION']._serialized_end=962
-  _globals['_POSITION']._serialized_start=964
-  _globals['_POSITION']._serialized_end=1004
-  _globals['_SESSIONOPENED']._serialized_start=1007
-  _globals['_SESSIONOPENED']._serialized_end=1164
-  _globals['_MICROBATCH']._serialized_start=1167
-  _globals['_MICROBATCH']._serialized_end=1355
-  _globals['_STEPRESULT']._serialized_start=1358
-  _globals['_STEPRESULT']._serialized_end=1521
-  _globals['_HELDOUT']._serialized_start=1523
-  _globals['_HELDOUT']._serialized_end=1631
-  _globals['_HELDOUTRESULT']._serialized_start=1633
-  _globals['_HELDOUTRESULT']._serialized_end=1681
-  _globals['_LEAVE']._serialized_start=1683
-  _globals['_LEAVE']._serialized_end=1706
-  _globals['_TRAININGSERVICE']._serialized_start=1802
-  _globals['_TRAININGSERVICE']._serialized_end=1881
+  _globals['_COURSE']._serialized_start=1768
+  _globals['_COURSE']._serialized_end=1860
+  _globals['_TRAINREQUEST']._serialized_start=131
+  _globals['_TRAINREQUEST']._serialized_end=389
+  _globals['_TRAINRESPONSE']._serialized_start=392
+  _globals['_TRAINRESPONSE']._serialized_end=620
+  _globals['_OPENSESSION']._serialized_start=623
+  _globals['_OPENSESSION']._serialized_end=986
+  _globals['_POSITION']._serialized_start=988
+  _globals['_POSITION']._serialized_end=1028
+  _globals['_SESSIONOPENED']._serialized_start=1031
+  _globals['_SESSIONOPENED']._serialized_end=1188
+  _globals['_MICROBATCH']._serialized_start=1191
+  _globals['_MICROBATCH']._serialized_end=1379
+  _globals['_STEPRESULT']._serialized_start=1382
+  _globals['_STEPRESULT']._serialized_end=1581
+  _globals['_HELDOUT']._serialized_start=1583
+  _globals['_HELDOUT']._serialized_end=1691
+  _globals['_HELDOUTRESULT']._serialized_start=1693
+  _globals['_HELDOUTRESULT']._serialized_end=1741
+  _globals['_LEAVE']._serialized_start=1743
+  _globals['_LEAVE']._serialized_end=1766
+  _globals['_TRAININGSERVICE']._serialized_start=1862
+  _globals['_TRAININGSERVICE']._serialized_end=1941
 # @@protoc_insertion_point(module_scope)

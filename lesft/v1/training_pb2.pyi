@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from lesft.v1 import heartbeat_pb2 as _heartbeat_pb2
+from lesft.v1 import receipt_pb2 as _receipt_pb2
 from lesft.v1 import run_pb2 as _run_pb2
 from lesft.v1 import tensor_pb2 as _tensor_pb2
 import builtins as _builtins
@@ -399,6 +400,7 @@ class StepResult(_message.Message):
     BUNDLE_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Round of the micro-batch."""
     micro: _builtins.int
@@ -423,6 +425,10 @@ class StepResult(_message.Message):
     def held(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Where clients do not train: those samples of the micro-batch that the server holds now."""
 
+    @_builtins.property
+    def receipt(self) -> _receipt_pb2.Receipt:
+        """Where the adapters are averaged after this round: what the aggregation server may want to see."""
+
     def __init__(
         self,
         *,
@@ -434,10 +440,11 @@ class StepResult(_message.Message):
         bundle: _tensor_pb2.BundleInfo | None = ...,
         checkpoint: _builtins.bool = ...,
         held: _abc.Iterable[_builtins.int] | None = ...,
+        receipt: _receipt_pb2.Receipt | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "checkpoint", b"checkpoint", "class_counts", b"class_counts", "held", b"held", "loss", b"loss", "micro", b"micro", "nll", b"nll", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "checkpoint", b"checkpoint", "class_counts", b"class_counts", "held", b"held", "loss", b"loss", "micro", b"micro", "nll", b"nll", "receipt", b"receipt", "round", b"round"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

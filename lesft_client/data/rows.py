@@ -75,6 +75,8 @@ def _row(where: str, line: bytes) -> Row:
         ) from error
     except RecursionError as error:
         raise DataError(f"{where}: is not JSON: nested too deeply") from error
+    except ValueError as error:
+        raise DataError(f"{where}: holds a number of too many digits") from error
     if not isinstance(fields, dict):
         raise DataError(f"{where}: must be a JSON object, got {type(fields).__name__}")
     return Row(where, fields)

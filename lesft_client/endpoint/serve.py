@@ -2,13 +2,14 @@
 
 import asyncio
 import signal
+import ssl
 import sys
 
-from lesft.channel import check_open
 from lesft.control import ControlServer
 from lesft_client.endpoint.api_key import read_api_key
 from lesft_client.endpoint.app import Endpoint
 from lesft_client.endpoint.asking import Defaults
+from lesft_client.own_listener import listener_context
 from lesft_client.settings import ServeSettings
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -21,23 +22,21 @@ def serve(settings: ServeSettings) -> None:
     Unreachable when the address cannot be listened on, and what opening the model raises.
     """
     # Before the model is loaded, which takes a while.
-    check_open(settings.listen, settings.insecure)
+    tls = listener_context(settings, settings.listen)
     api_key = read_api_key(settings.api_key_file)
-    asyncio.run(_serve(settings, api_key))
+    asyncio.run(_serve(settings, api_key, tls))
 
 
-async def _serve(settings: ServeSettings, api_key: str | None) -> None:
+async def _serve(settings: ServeSettings, api_key: str | None, tls: ssl.SSLContext | None) -> None:
     from lesft_client.open_model import open_model
 
     async with open_model(settings) as model:
         defaults = Defaults(settings.temperature, settings.max_tokens)
         endpoint = Endpoint(model, defaults, api_key)
-        server = ControlServer(endpoint.app, settings.insecure)
+        server = ControlServer(endpoint.app, settings.listener_insecure, tls)
         address = await server.start(settings.listen)
-        sys.stdout.write(
-            f"ready: http://{address}/v1  model {model.name}  "
-            f"(try: curl http://{address}/v1/models)\n"
-        )
+        url = f"{'http' if tls is None else 'https'}://{address}/v1"
+        sys.stdout.write(f"ready: {url}  model {model.name}  (try: curl {url}/models)\n")
         sys.stdout.flush()
         await _signal_to_stop()
         endpoint.stop()

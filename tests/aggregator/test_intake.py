@@ -5,15 +5,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-import pytest
 from safetensors.numpy import save
 
 from lesft.bundle import CHUNK_BYTES
-from lesft.errors import Unreachable
+from lesft.errors import Busy, Unreachable
+from lesft.intake import Intake
 from lesft.v1 import aggregation_pb2 as pb
 from lesft.v1.tensor_pb2 import Chunk
-from lesft_aggregator import service
-from lesft_aggregator.intake import Intake
 from lesft_aggregator.server import Aggregator
 from tests.aggregator.harness import Caller, error_of, run_aggregator, settings_for
 
@@ -22,7 +20,7 @@ Addresses = Mapping[str, str]
 
 def test_what_does_not_fit_waits_until_it_does() -> None:
     async def run() -> list[str]:
-        intake, steps = Intake(10), list[str]()
+        intake, steps = Intake(10, "--max"), list[str]()
 
         async def hold(name: str, num_bytes: int, until: asyncio.Event) -> None:
             async with intake.room(num_bytes):
@@ -50,7 +48,7 @@ def test_what_does_not_fit_waits_until_it_does() -> None:
 
 def test_one_who_gives_up_gives_its_room_back() -> None:
     async def run() -> None:
-        intake = Intake(10)
+        intake = Intake(10, "--max")
 
         async def hold() -> None:
             async with intake.room(10):
@@ -74,10 +72,7 @@ def half_submission(client_id: str, num_bytes: int) -> Iterator[pb.SubmitRequest
     yield pb.SubmitRequest(chunk=Chunk(index=0, data=bytes(CHUNK_BYTES)))
 
 
-def test_a_client_that_stalls_gives_its_room_to_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(service, "PROGRESS_SECONDS", 0.3)
+def test_a_client_that_stalls_gives_its_room_to_the_others(tmp_path: Path) -> None:
     large = save({"x": np.ones((3 << 20) // 4, np.float32)})
 
     async def scenario(aggregator: Aggregator, caller: Caller, addresses: Addresses) -> None:
@@ -90,6 +85,28 @@ def test_a_client_that_stalls_gives_its_room_to_the_others(
         assert type(error) is Unreachable
         assert "nothing came for 0.3 s in mid-submission: submit again" in str(error)
         assert (await caller.submit("a", large)).received == 2
+
+    run_aggregator(settings_for(tmp_path, max_submission_mib=4, stall_seconds=0.3), scenario)
+
+
+def test_of_one_client_only_eight_submissions_wait_for_room(tmp_path: Path) -> None:
+    """Each of those that wait costs memory: a flood of them is refused, and the room is kept."""
+    large = save({"x": np.ones((3 << 20) // 4, np.float32)})
+
+    async def scenario(aggregator: Aggregator, caller: Caller, addresses: Addresses) -> None:
+        under_way = [caller.stub.Submit() for _ in range(8)]
+        for call in under_way:
+            for request in half_submission("a", len(large)):
+                await call.write(request)
+        await asyncio.sleep(0.2)
+        error = await error_of(caller.submit("a", large))
+        assert type(error) is Busy
+        assert "8 submissions of client 'a' are under way already" in str(error)
+        for call in under_way:
+            call.cancel()
+        await asyncio.sleep(0.2)
+        assert (await caller.submit("a", large)).received == 1
+        assert (await caller.submit("b", large)).received == 2
 
     run_aggregator(settings_for(tmp_path, max_submission_mib=4), scenario)
 

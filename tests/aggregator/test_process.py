@@ -65,7 +65,7 @@ def test_it_serves_until_it_is_told_to_stop_and_goes_on_after_a_kill(
 ) -> None:
     process, _ = start(tmp_path)
     addresses = json.loads((tmp_path / "endpoints.json").read_text())
-    with open_channel(addresses["grpc"], insecure=False) as channel:
+    with open_channel(addresses["grpc"]) as channel:
         stub: Any = AggregationServiceStub(channel)
         assert stub.Submit(submission(1, base_version=0), timeout=20).version == 1
         assert np.array_equal(fetch(stub, 1)[NAME], make_tensors(1)[NAME])
@@ -79,7 +79,7 @@ def test_it_serves_until_it_is_told_to_stop_and_goes_on_after_a_kill(
     )
     with urllib.request.urlopen(f"http://{addresses['control']}/v1/run") as response:
         assert json.load(response)["version"] == 1
-    with open_channel(addresses["grpc"], insecure=False) as channel:
+    with open_channel(addresses["grpc"]) as channel:
         check_health(channel)
         stub = AggregationServiceStub(channel)
         assert np.array_equal(fetch(stub, 1)[NAME], make_tensors(1)[NAME])
@@ -126,7 +126,7 @@ def test_it_says_in_one_line_why_it_cannot_start(
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         for options, message in [
             (["--control", address], f"cannot listen on {address}: Address already in use"),
-            (["--listen", "0.0.0.0:0"], "0.0.0.0:0 is not a loopback address"),
+            (["--listen", "192.0.2.1:0"], "cannot listen on 192.0.2.1:0: the port is taken"),
             (["--state", "/proc/none"], "[Errno 2] No such file or directory: '/proc/none'"),
         ]:
             with pytest.raises(SystemExit) as caught:

@@ -18,6 +18,7 @@ from lesft.errors import AlreadyJoined, BundleError, RunStopped, Unreachable
 from lesft.tensors import encode_tensors
 from lesft.v1 import aggregation_pb2 as pb
 from lesft.v1 import aggregation_pb2_grpc, heartbeat_pb2
+from lesft.wire import WireCounter
 from lesft_client.aggregation import Aggregator
 from lesft_client.back import GoBack
 from lesft_client.data import EncodedSample
@@ -26,7 +27,6 @@ from lesft_client.link import Patience
 from lesft_client.status import Status
 from lesft_client.train import TrainCommand
 from lesft_client.trainer import Trainer
-from lesft_client.wire import WireCounter
 from tests.client.harness import running_aggregator, train_settings
 from tests.harness import (
     RunningServer,
@@ -66,7 +66,7 @@ def make_client() -> Iterator[MakeClient]:
     ) -> Aggregator:
         made.append(
             Aggregator(
-                lambda: open_channel(address, insecure=False),
+                lambda: open_channel(address),
                 "aggregator a:1",
                 name,
                 "lesft",
@@ -303,7 +303,9 @@ class GoingAway:
     def __init__(self, when: threading.Event) -> None:
         self._when = when
 
-    def submit(self, base_version: int, state: Mapping[str, torch.Tensor]) -> None:
+    def submit(
+        self, base_version: int, state: Mapping[str, torch.Tensor], receipt: bytes = b""
+    ) -> None:
         assert self._when.wait(SECONDS)
         raise KeyboardInterrupt
 

@@ -7,9 +7,11 @@ import httpx
 import pytest
 
 from lesft.control import ControlServer
+from lesft.live import LivePage
+from lesft.wire import KINDS, WireCounter
 from lesft_client.control_api import make_app
+from lesft_client.metrics import Metrics
 from lesft_client.status import Status, StatusBody
-from lesft_client.wire import WireCounter
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def status() -> Status:
 
 @pytest.fixture
 def api(status: Status) -> Iterator[httpx.Client]:
-    server = ControlServer(make_app(status), insecure=False)
+    server = ControlServer(make_app(status, LivePage(), Metrics(status).registry), insecure=False)
     address = server.start_in_thread("127.0.0.1:0")
     try:
         with httpx.Client(base_url=f"http://{address}") as client:
@@ -64,6 +66,10 @@ def test_status_says_what_the_client_is_doing(status: Status, api: httpx.Client)
         "tokens_per_second": 10.0,
         "bytes_up": 108,
         "bytes_down": 90,
+        "wire": {
+            "up": dict.fromkeys(KINDS, 0) | {"labels": 8, "activations_base": 100},
+            "down": dict.fromkeys(KINDS, 0) | {"gradients": 90},
+        },
         "seconds_left": 90.0,
     }
 

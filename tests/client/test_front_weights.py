@@ -29,10 +29,10 @@ from lesft.errors import (
 from lesft.spec import PROTOCOL_VERSION
 from lesft.v1 import model_pb2, model_pb2_grpc
 from lesft.weights import Checkpoint, front_fingerprint
+from lesft.wire import WireCounter
 from lesft_client import patience
 from lesft_client.front_weights import fetched_checkpoint, local_checkpoint
 from lesft_client.train import TrainCommand
-from lesft_client.wire import WireCounter
 from tests import tiny_models
 from tests.client.harness import running_aggregator, train_settings
 from tests.harness import RunningServer, running_server, server_settings
@@ -153,7 +153,7 @@ def fetcher(
     server: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Fetcher]:
     monkeypatch.setattr(patience, "_FIRST_PAUSE_SECONDS", 0.01)
-    with open_channel(server.grpc, insecure=False) as channel:
+    with open_channel(server.grpc) as channel:
         stub = model_pb2_grpc.ModelServiceStub(channel)
         description = stub.DescribeRun(
             model_pb2.DescribeRunRequest(protocol_version=PROTOCOL_VERSION)

@@ -13,12 +13,12 @@ from lesft.adapters import lora_parameters
 from lesft.micro_batch import MicroBatch, StepKey, StepResult, Targets
 from lesft.micro_batch import Path as BatchPath
 from lesft.spec import LossSpec, RunSpec
+from lesft.wire import WireCounter
 from lesft_client.back import GoBack, Turn
 from lesft_client.data import EncodedSample, sample_index
 from lesft_client.front import Front
 from lesft_client.status import Status
 from lesft_client.trainer import Trainer
-from lesft_client.wire import WireCounter
 from tests.harness import make_front, random_samples, save_tiny_model
 from tests.tiny_models import HIDDEN_SIZE
 from tests.training.by_hand import run_spec

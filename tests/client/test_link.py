@@ -23,9 +23,9 @@ from lesft.errors import (
 )
 from lesft.micro_batch import Path, StepKey, Targets
 from lesft.v1 import training_pb2
+from lesft.wire import WireCounter
 from lesft_client.back import GoBack, Rejoin
 from lesft_client.link import Patience, ServerLink
-from lesft_client.wire import WireCounter
 from tests.client.fake_server import (
     LIMITS,
     SECONDS,
@@ -52,7 +52,7 @@ def make_link(
     on_waiting: Callable[[str], None] = lambda waiting_for: None,
 ) -> ServerLink:
     return ServerLink(
-        lambda: open_channel(address, insecure=False),
+        lambda: open_channel(address),
         training_pb2.OpenSession(client_id="a"),
         LIMITS,
         "server s:1",
@@ -263,7 +263,7 @@ def test_a_server_that_stays_away_ends_it_with_the_option_that_waits_longer() ->
         patience = Patience(first_contact=SECONDS, reconnect=0.3, stall=SECONDS)
         link = make_link(address, patience, on_turn=turned.set)
         link.resume(link.open().round)
-        link._connect = lambda: open_channel("127.0.0.1:1", insecure=False)
+        link._connect = lambda: open_channel("127.0.0.1:1")
         link.send(make_batch(0))
         with pytest.raises(Unreachable, match="--reconnect-seconds waits longer"):
             link.receive()
@@ -495,7 +495,7 @@ def test_leaving_while_the_server_is_away_returns_at_once_and_ends_the_trying() 
     with fake_server(breaks) as (fake, address):
         link = make_link(address)
         link.resume(link.open().round)
-        link._connect = lambda: open_channel("127.0.0.1:1", insecure=False)
+        link._connect = lambda: open_channel("127.0.0.1:1")
         link.send(make_batch(0))
         fake.wait_until_over(1)
         while link._stream is not None:

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from lesft.wire import WireCounter
 from lesft_client import progress
 from lesft_client.progress import ProgressDisplay
 from lesft_client.status import Status
-from lesft_client.wire import WireCounter
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ import torch
 from lesft import files
 from lesft.errors import InvalidInput
 from lesft.files import lock_folder
+from lesft.wire import WireCounter
 from lesft_client.data import EncodedSample
 from lesft_client.recovery import CHECKPOINTS_FOLDER, ClientCheckpoints, drop_state, instance_id
 from lesft_client.status import Status
-from lesft_client.wire import WireCounter
 
 SAMPLES = [EncodedSample([5, 6], [7, 8, 9], [10, 2]), EncodedSample([5], [7], [11, 2])]
 TENSORS = {"lora.a": torch.tensor([1.5, -0.0]), "optimizer.steps": torch.tensor([3])}
@@ -65,7 +65,8 @@ def test_another_process_goes_on_with_tensors_and_status_of_a_checkpoint(tmp_pat
     assert tensors.keys() == TENSORS.keys()
     assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
     body = status.body()
-    assert body == saved.model_copy(update={"bytes_up": 8 + 5})
+    wire = {**saved.wire, "up": {**saved.wire["up"], "other": 5}}
+    assert body == saved.model_copy(update={"bytes_up": 8 + 5, "wire": wire})
     assert body.loss_by_round == [2.5, 0.1 + 0.2, 1e-300]
     assert body.nll_by_round == [0.5, None, 1.0]
     assert body.class_counts_by_round == [(3, 2, 1), None, None]

@@ -154,7 +154,7 @@ def test_the_command_line_goes_before_the_environment_and_that_before_the_file(
 def test_without_any_of_them_there_is_the_default(command: Command) -> None:
     settings = command.load()
     for name, info in command.kind.model_fields.items():
-        if not info.is_required() and name not in ("cache", *command.needed):
+        if not info.is_required() and name not in ("cache", "identity", *command.needed):
             assert getattr(settings, name) == info.default, name
 
 

@@ -14,12 +14,12 @@ from lesft.micro_batch import MicroBatch, StepKey, StepResult, Targets
 from lesft.micro_batch import Path as BatchPath
 from lesft.spec import LoraSpec, LossSpec, RunSpec
 from lesft.weights import Checkpoint, front_fingerprint, load_back
+from lesft.wire import WireCounter
 from lesft_client.back import BackLink, GoBack, LocalBack
 from lesft_client.data import EncodedSample, sample_index
 from lesft_client.front import Front
 from lesft_client.status import Status
 from lesft_client.trainer import HeldOut, Trainer
-from lesft_client.wire import WireCounter
 from tests.harness import (
     CPU,
     MeanAggregator,
@@ -97,7 +97,7 @@ class HalvingAggregator:
     submitted: list[State] = field(default_factory=list)
     given: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
-    def submit(self, base_version: int, state: State) -> None:
+    def submit(self, base_version: int, state: State, receipt: bytes = b"") -> None:
         self.events.append(f"submit from {base_version}")
         self.submitted.append(state)
 

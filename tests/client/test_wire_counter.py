@@ -8,15 +8,14 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-import lesft_client.split_run
-import lesft_client.train
+import lesft_client.connector
 from lesft.channel import open_channel
 from lesft.spec import Encoding, LossSpec
+from lesft.wire import WireCounter
 from lesft_client.data import EncodedSample, encode_samples, sample_index
 from lesft_client.data_command import samples_of
 from lesft_client.train import TrainCommand
 from lesft_client.train_settings import TrainSettings
-from lesft_client.wire import WireCounter
 from tests.client.harness import CountingChannel, running_aggregator, train_settings
 from tests.harness import running_server, server_settings
 from tests.processes.harness import make_samples, save_model_with_tokenizer, write_samples
@@ -43,12 +42,11 @@ def test_every_byte_of_a_run_is_counted_once_and_under_its_kind(
 ) -> None:
     channels: list[tuple[str, CountingChannel]] = []
 
-    def counting(address: str, insecure: bool) -> CountingChannel:
-        channels.append((address, CountingChannel(open_channel(address, insecure))))
+    def counting(address: str, *how: Any) -> CountingChannel:
+        channels.append((address, CountingChannel(open_channel(address, *how))))
         return channels[-1][1]
 
-    for module in (lesft_client.train, lesft_client.split_run):
-        monkeypatch.setattr(module, "open_channel", counting)
+    monkeypatch.setattr(lesft_client.connector, "open_channel", counting)
     settings = server_settings(
         model,
         tmp_path / "server",

@@ -1,7 +1,7 @@
 """`make test-compose`: images and docker-compose.yml for real, from the build to a finished run.
 
-Four clients fine-tune the default model with server and aggregator in six containers; the result
-is checked through the control APIs. Needs a container engine that `docker` reaches. Images stay,
+Four clients fine-tune the default model with server and aggregator, a container each. The result is
+checked through the control APIs. Needs a container engine that `docker` reaches. Images stay,
 so that a second call is quick; containers, networks and volumes do not.
 """
 
@@ -21,6 +21,7 @@ from tests.compose.checks import (
     CLIENTS,
     check_aggregator,
     check_clients,
+    check_encryption,
     check_images,
     check_isolation,
     check_server,
@@ -111,9 +112,10 @@ def build_and_run(model_dir: Path) -> None:
             compose("build")
         report_sizes()
         check_images()
-        with timed("starting six containers in order of health"):
+        with timed("starting the containers in order of health"):
             compose("up", "--detach", "--no-build")
         check_isolation(compose.containers())
+        check_encryption(compose)
         with timed(f"training {ROUNDS} rounds"):
             wait_for_clients(compose)
         check_result(compose, model_dir)

@@ -1,11 +1,15 @@
 """What must be true of the containers and of the finished run. Each check raises Failed."""
 
+import functools
 import hashlib
 import json
-from http.client import HTTPConnection
+import time
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
+from lesft.errors import LesftError, NotAuthenticated
+from lesft.identity.https import ControlClient
 from tests.compose.engine import Compose, Container, Failed, docker
 
 CLIENTS = ["client-0", "client-1", "client-2", "client-3"]
@@ -26,20 +30,45 @@ def require(holds: bool, message: str) -> None:
         raise Failed(message)
 
 
-def get(compose: Compose, service: str, path: str) -> bytes:
-    """An answer of a service's control API, asked for on this machine."""
+@functools.cache
+def control_of(compose: Compose, service: str) -> ControlClient:
+    """A service's control API on this machine, over TLS, with a token of our own."""
+    inside = ("exec", "--no-TTY", service)
+    token = compose(*inside, f"lesft-{service}", "token", f"test-{time.time_ns()}").strip()
+    authority = compose(*inside, "cat", "/var/lib/lesft/state/identity/authority.pem")
     address = compose.address(service, CONTROL_PORTS[service])
-    connection = HTTPConnection(address, timeout=10)
-    connection.request("GET", path)
-    response = connection.getresponse()
-    body = response.read()
-    require(response.status == 200, f"{service} answers {path} with {response.status}: {body!r}")
-    return body
+    return ControlClient(address, authority.encode(), f"lesft-{service}", token)
+
+
+def get(compose: Compose, service: str, path: str) -> bytes:
+    """An answer of a service's control API. Raises Failed when it gives none."""
+    try:
+        return control_of(compose, service).file(path)
+    except LesftError as error:
+        raise Failed(f"{service} does not answer {path}: {error}") from None
 
 
 def get_json(compose: Compose, service: str, path: str) -> Any:
     """As `get`, decoded."""
     return json.loads(get(compose, service, path))
+
+
+def check_encryption(compose: Compose) -> None:
+    """Nobody gets anything without TLS, without a token, or without a certificate."""
+    for service, port in CONTROL_PORTS.items():
+        address = compose.address(service, port)
+        try:
+            plain = HTTPConnection(address, timeout=10)
+            plain.request("GET", "/v1/run")
+            answered = plain.getresponse().status
+        except (OSError, HTTPException):
+            answered = None
+        require(answered is None, f"{service} answers plain HTTP with {answered}")
+        try:
+            control_of(compose, service).as_stranger().get("/v1/run")
+        except NotAuthenticated:
+            continue
+        raise Failed(f"{service} tells strangers about the run")
 
 
 def check_images() -> None:
@@ -55,15 +84,18 @@ def check_isolation(containers: dict[str, Container]) -> None:
 
     `containers` have to be running: the engine forgets the ports of those that have ended.
     """
+    for name in ("enrol-server", "enrol-aggregator"):
+        enrolment = containers.pop(name)
+        require(enrolment.networks == ("none",), f"{name} is on {enrolment.networks}")
     for name, container in containers.items():
         require(container.user == "10001:10001", f"{name} runs as user {container.user!r}")
         port = CONTROL_PORTS.get(name)
         expected = ((f"{port}/tcp", "127.0.0.1"),) if port else ()
         require(container.published == expected, f"{name} publishes {container.published}")
     for name in CLIENTS:
-        (network,) = containers[name].networks
-        internal = docker("network", "inspect", "--format", "{{.Internal}}", network).strip()
-        require(internal == "true", f"{name} is on the network {network}, which is not internal")
+        for network in containers[name].networks:
+            internal = docker("network", "inspect", "--format", "{{.Internal}}", network).strip()
+            require(internal == "true", f"{name} is on {network}, which is not internal")
 
 
 def check_server(compose: Compose, rounds: int, samples: int) -> list[float]:

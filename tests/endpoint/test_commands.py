@@ -337,6 +337,6 @@ def test_serve_refuses_addresses_off_this_machine_before_it_loads_the_model(
     install: Install, tokenizer: PreTrainedTokenizerBase, no_key: None
 ) -> None:
     events = install(FakeLanguageModel(tokenizer, lambda prompt: ""))
-    with pytest.raises(InvalidInput, match="--insecure"):
+    with pytest.raises(InvalidInput, match="--listener-insecure"):
         serve(ServeSettings(model="x", listen="0.0.0.0:0"))
     assert events == []

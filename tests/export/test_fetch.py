@@ -28,6 +28,8 @@ from lesft.split import back_hidden, front_forward, head_logits
 from lesft.tensors import encode_tensors
 from lesft.v1 import model_pb2, model_pb2_grpc
 from lesft_client.adapter_fetch import fetch_back, read_back
+from lesft_client.connection_settings import ConnectionSettings
+from lesft_client.connector import Connector
 from lesft_client.export import export
 from lesft_client.settings import ExportSettings
 from lesft_client.train import TrainCommand
@@ -115,7 +117,7 @@ def test_a_server_writes_a_half_of_an_older_lesft_anew(trained: Trained) -> None
 def test_before_the_last_round_there_is_nothing_to_fetch(trained: Trained, tmp_path: Path) -> None:
     settings = trained.settings(share_adapter=True).model_copy(update={"state": tmp_path})
     with running_server(settings) as server, pytest.raises(OutOfOrder) as caught:
-        fetch_back(server.grpc, False, 5, load_half(trained.client))
+        fetch_back(Connector(server.grpc, ConnectionSettings()), 5, load_half(trained.client))
     assert str(caught.value) == (
         f"server {server.grpc}: the run is not finished: 0 of 1 rounds are done; ask again after "
         "the last one"

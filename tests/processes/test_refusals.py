@@ -138,7 +138,7 @@ def test_a_server_may_be_interrupted_while_it_loads(
     def interrupt(settings: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lesft_server.main._serve", interrupt)
+    monkeypatch.setattr("lesft_server.server.run", interrupt)
     assert refuse_server() == (130, "lesft-server: stopped")
 
 
@@ -164,11 +164,6 @@ def refuse_server(model: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"control": "0.0.0.0:0"},
-            "0.0.0.0:0 is not a loopback address and traffic is not encrypted: use 127.0.0.1, or "
-            "accept that anyone on the way can read and change it with --insecure",
-        ),
         (
             {"listen": "localhost"},
             "an address must be HOST:PORT with a port up to 65535 and brackets around an IPv6 "
@@ -252,6 +247,7 @@ def refuse_client(
             "data": "data.jsonl",
             "threads": 1,
             "patience_seconds": 0.1,
+            "identity": tmp_path / "identity",
         }
         result = refused(client_main, ["train", *options({**values, **changes})], capsys)
         assert server.engine.run.members == {}
@@ -305,13 +301,14 @@ def test_a_file_that_cannot_be_used_is_named_with_its_line(
         ),
         (
             {"server": "192.0.2.1:5"},
-            "192.0.2.1:5 is not a loopback address and traffic is not encrypted: use 127.0.0.1, or "
-            "accept that anyone on the way can read and change it with --insecure",
+            "this device has not enrolled with 192.0.2.1:5 (but with: none): ask its operator "
+            "for an enrolment token and run lesft-client enroll TOKEN, or accept that anyone on the "
+            "way can read and change everything with --insecure",
         ),
         (
             {"control": "0.0.0.0:0"},
-            "0.0.0.0:0 is not a loopback address and traffic is not encrypted: use 127.0.0.1, or "
-            "accept that anyone on the way can read and change it with --insecure",
+            "--control 0.0.0.0:0 can be reached from elsewhere: give --control-token with a file "
+            "whose token its users must bring, or let anybody look with --listener-insecure",
         ),
         (
             {"aggregator": "localhost"},

@@ -18,6 +18,7 @@ from lesft.channel import (
     MAX_MESSAGE_BYTES,
     bind,
     check_open,
+    is_loopback,
     make_server,
     open_channel,
     split_address,
@@ -73,27 +74,30 @@ def open_message(address: str) -> str:
 @pytest.mark.parametrize("address", OPEN)
 def test_an_address_beyond_this_machine_needs_insecure(address: str) -> None:
     with pytest.raises(InvalidInput) as caught:
-        open_channel(address, insecure=False)
+        check_open(address, insecure=False)
     assert str(caught.value) == open_message(address)
-    with open_channel(address, insecure=True) as opened:
-        assert isinstance(opened, grpc.Channel)
+    check_open(address, insecure=True)
+    assert not is_loopback(address)
 
 
 @pytest.mark.parametrize("address", [a for a in GOOD if a != "example.org:80"])
 def test_loopback_addresses_need_nothing(address: str) -> None:
-    with open_channel(address, insecure=False) as opened:
-        assert isinstance(opened, grpc.Channel)
+    check_open(address, insecure=False)
+    assert is_loopback(address)
 
 
 @pytest.mark.parametrize("option", ["listen", "control"])
-def test_a_server_does_not_listen_beyond_this_machine_unasked(
+def test_a_server_that_listens_beyond_this_machine_encrypts_unasked(
     option: str, model: Path, tmp_path: Path
 ) -> None:
     settings = server_settings(model, tmp_path / "state", **{option: "0.0.0.0:0"})
-    with pytest.raises(InvalidInput) as caught, running_server(settings):
-        pass
-    assert str(caught.value) == open_message("0.0.0.0:0")
-    assert not (tmp_path / "state").exists()  # refused before the model is loaded
+    with running_server(settings) as server:
+        port = split_address(server.grpc)[1]
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as opened:
+            health = health_pb2_grpc.HealthStub(opened)
+            with pytest.raises(grpc.RpcError) as caught:
+                health.Check(health_pb2.HealthCheckRequest(), timeout=10)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def test_a_server_listens_beyond_this_machine_when_asked_by_name(
@@ -149,7 +153,7 @@ def test_the_real_address_of_an_ipv6_host_has_its_brackets() -> None:
             return 1234
 
     server: Any = Listening()
-    assert bind(server, "[::1]:0", insecure=False) == "[::1]:1234"
+    assert bind(server, "[::1]:0") == "[::1]:1234"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
@@ -157,7 +161,7 @@ def test_port_0_takes_a_free_one_and_the_real_address_can_be_called(host: str) -
     async def run() -> None:
         server, _ = make_server([])
         try:
-            address = bind(server, f"{host}:0", insecure=False)
+            address = bind(server, f"{host}:0")
             assert address.startswith(f"{host}:")
             assert split_address(address)[1] > 0
             await server.start()
@@ -174,7 +178,7 @@ def test_port_0_takes_a_free_one_and_the_real_address_can_be_called(host: str) -
 def test_a_service_that_is_not_there_is_unreachable_and_named() -> None:
     address = "127.0.0.1:1"
     with (
-        open_channel(address, insecure=False) as opened,
+        open_channel(address) as opened,
         pytest.raises(LesftError) as caught,
         remote_errors(f"server {address}"),
     ):
@@ -250,8 +254,8 @@ def test_one_connection_cannot_open_calls_without_end(model: Path, tmp_path: Pat
     request = health_pb2.HealthCheckRequest()
     with (
         running_server(server_settings(model, tmp_path)) as server,
-        open_channel(server.grpc, insecure=False) as greedy,
-        open_channel(server.grpc, insecure=False) as other,
+        open_channel(server.grpc) as greedy,
+        open_channel(server.grpc) as other,
     ):
         stub = health_pb2_grpc.HealthStub(greedy)
         calls = [stub.Watch(request) for _ in range(MAX_CONCURRENT_CALLS)]

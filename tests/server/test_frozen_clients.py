@@ -21,13 +21,13 @@ from lesft.spec_messages import encoding_to_message, lora_to_message
 from lesft.step_messages import micro_batch_to_message
 from lesft.v1 import training_pb2
 from lesft.v1.training_pb2 import TrainRequest
+from lesft.wire import Kind, WireCounter
 from lesft_client.back import Turn
 from lesft_client.data import EncodedSample
 from lesft_client.link import Patience, ServerLink
 from lesft_client.recovery import ClientCheckpoints
 from lesft_client.status import Status
 from lesft_client.trainer import Trainer
-from lesft_client.wire import Kind, WireCounter
 from lesft_server.sample_store import SAMPLES_FOLDER
 from lesft_testbed.chaos_run import free_addresses
 from tests.harness import (
@@ -96,7 +96,7 @@ class FrozenClient:
         )
         self.front = make_front(self.model, self.spec, self.name)
         self.link = ServerLink(
-            lambda: open_channel(self.address, insecure=False),
+            lambda: open_channel(self.address),
             training_pb2.OpenSession(
                 protocol_version=PROTOCOL_VERSION,
                 client_id=self.name,

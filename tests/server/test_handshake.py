@@ -225,8 +225,8 @@ def test_a_message_that_quotes_a_stranger_is_one_line_and_fits_into_the_trailers
     refusal = session.refusal()
     assert (refusal.code, refusal.kind) == (StatusCode.FAILED_PRECONDITION, HandshakeMismatch)
     assert refusal.message.startswith("run_id: server lesft, client evil [31m\N{GRINNING FACE}")
-    assert refusal.message.endswith("\N{GRINNING FACE}…")
-    assert 990 < len(refusal.message.encode()) <= 1000
+    assert refusal.message.endswith("\N{GRINNING FACE}...; join the run that the server names")
+    assert 700 < len(refusal.message.encode()) <= 1000
 
 
 def test_the_right_opening_is_answered_with_the_spec(

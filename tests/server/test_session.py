@@ -24,7 +24,7 @@ from lesft.errors import (
 )
 from lesft.micro_batch import MicroBatch, StepKey, StepResult, Targets
 from lesft.micro_batch import Path as Activations
-from lesft.step_messages import Limits, held_out_from_message
+from lesft.step_messages import Admit, Limits, held_out_from_message
 from lesft.v1 import training_pb2
 from lesft_server.run import RunState
 from lesft_server.session import MAX_HELD_OUT_WAITING
@@ -333,12 +333,12 @@ def test_a_session_that_was_ended_takes_nothing_more_while_its_client_does_not_r
     decoded: list[int] = []
 
     def slow(
-        header: training_pb2.HeldOut, data: bytes, limits: Limits
+        header: training_pb2.HeldOut, data: bytes, limits: Limits, admit: Admit
     ) -> tuple[Activations, Targets]:
         decoded.append(header.index)
         decoding.set()
         assert release.wait(20)
-        return held_out_from_message(header, data, limits)
+        return held_out_from_message(header, data, limits, admit)
 
     monkeypatch.setattr("lesft_server.session.held_out_from_message", slow)
     loss = {"token_weights": "uniform"}

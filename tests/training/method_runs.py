@@ -10,6 +10,7 @@ from typing import Any
 from lesft.adapters import lora_state
 from lesft.channel import open_channel
 from lesft.spec import RunOptions
+from lesft.wire import WireCounter
 from lesft_client.aggregation import Aggregator
 from lesft_client.back import BackLink
 from lesft_client.data import EncodedSample, sample_index
@@ -20,7 +21,6 @@ from lesft_client.recovery import ClientCheckpoints
 from lesft_client.status import Status
 from lesft_client.train_settings import TrainSettings
 from lesft_client.trainer import Trainer
-from lesft_client.wire import WireCounter
 from lesft_testbed.settings import RunSettings
 from tests.client.harness import running_aggregator
 from tests.harness import (
@@ -78,7 +78,7 @@ class Client:
     def train(self, aggregator: str) -> None:
         """To the end of the run. Whether anything is averaged, the run's own settings say."""
         averaging = Aggregator(
-            lambda: open_channel(aggregator, insecure=False),
+            lambda: open_channel(aggregator),
             f"aggregator {aggregator}",
             self.status.client_id,
             self.front.spec.run_id,

@@ -56,7 +56,7 @@ class Unlisted(DataError):
 
 def test_the_table_has_every_error_and_nothing_else() -> None:
     assert set(STATUS) == set(KINDS)
-    assert len(KINDS) == 16
+    assert len(KINDS) == 17
 
 
 def test_both_statuses_say_the_same() -> None:
@@ -67,6 +67,7 @@ def test_both_statuses_say_the_same() -> None:
         StatusCode.ALREADY_EXISTS: {409},
         StatusCode.NOT_FOUND: {404},
         StatusCode.RESOURCE_EXHAUSTED: {413, 503},
+        StatusCode.UNAUTHENTICATED: {401},
         StatusCode.PERMISSION_DENIED: {403},
         StatusCode.ABORTED: {410},
         StatusCode.UNAVAILABLE: {503},

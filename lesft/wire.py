@@ -6,6 +6,8 @@ from typing import Literal, get_args
 
 import torch
 
+from lesft.bundle import CHUNK_BYTES
+from lesft.micro_batch import MicroBatch
 from lesft.spec import Encoding
 
 Kind = Literal[
@@ -17,7 +19,10 @@ _BF16_BYTES = 2
 
 
 class WireCounter:
-    """Counts what this client sends (up) and receives (down). Safe to use from several threads."""
+    """Counts what one client sends (up) and receives (down), on either end of the wire.
+
+    Safe to use from several threads.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -61,3 +66,37 @@ def encoded_bytes(tensor: torch.Tensor, encoding: Encoding) -> int:
     """Size of a floating tensor's data in a bundle."""
     size = _BF16_BYTES if encoding == "bf16" else tensor.element_size()
     return tensor.numel() * size
+
+
+def micro_batch_parts(batch: MicroBatch, encoding: Encoding) -> dict[Kind, int]:
+    """What of a micro-batch's message is of which kind, in bytes."""
+    parts: dict[Kind, int] = {
+        "activations_base": encoded_bytes(batch.base.activations_ND, encoding),
+        "labels": 4 * len(batch.targets.ids_T),
+    }
+    if batch.reference is not None:
+        reference_ND = batch.reference.activations_ND
+        parts["activations_reference"] = encoded_bytes(reference_ND, encoding)
+    return parts
+
+
+def tensor_bytes(bundle: bytes) -> int:
+    """Size of the tensors in a bundle: all but the header, which it begins with the length of."""
+    return len(bundle) - 8 - int.from_bytes(bundle[:8], "little") if bundle else 0
+
+
+def chunk_messages_bytes(bundle_bytes: int) -> int:
+    """Size of the messages, `TrainRequest` or `TrainResponse`, that carry a bundle's chunks.
+
+    By arithmetic: protobuf would write each chunk once more to tell its size.
+    """
+    total = 0
+    for index in range(-(-bundle_bytes // CHUNK_BYTES)):
+        size = min(CHUNK_BYTES, bundle_bytes - index * CHUNK_BYTES)
+        chunk = 1 + _varint_bytes(size) + size + (1 + _varint_bytes(index) if index else 0)
+        total += 1 + _varint_bytes(chunk) + chunk
+    return total
+
+
+def _varint_bytes(number: int) -> int:
+    return max(1, -(-number.bit_length() // 7))

@@ -1,0 +1,37 @@
+"""What a submission must bring where the aggregator knows the central server's public key."""
+
+from lesft.errors import NotAllowed
+from lesft.identity.attestation import Verifier
+from lesft.v1 import aggregation_pb2 as pb
+
+_WAY_OUT = "a receipt is good for one client and one version: hand in what the server gave for it"
+
+
+def check_receipt(verifier: Verifier, submission: pb.Submission, run_fingerprint: str) -> None:
+    """Refuse a submission that the server does not vouch for, in every figure that counts.
+
+    `run_fingerprint` is that of the clients that have joined, empty while it is not known: after a
+    restart clients go on without joining again. Raises NotAllowed.
+    """
+    if not submission.HasField("receipt"):
+        raise NotAllowed(
+            "receipt: missing; this aggregator weights by the central server's word alone "
+            "(--server-key), so train with that server, and with this version of the client"
+        )
+    statement = verifier.statement(submission.receipt)
+    compared = {
+        "run_id": (statement.run_id, submission.run_id),
+        "client_id": (statement.client_id, submission.client_id),
+        "base_version": (statement.base_version, submission.base_version),
+        "num_samples": (statement.num_samples, submission.num_samples),
+        "run_fingerprint": (
+            statement.run_fingerprint,
+            run_fingerprint or statement.run_fingerprint,
+        ),
+    }
+    for name, (vouched, said) in compared.items():
+        if vouched != said:
+            raise NotAllowed(
+                f"receipt: {name} is {vouched!r} by the server's receipt, and {said!r} by the "
+                f"submission; {_WAY_OUT}"
+            )

@@ -1,0 +1,89 @@
+"""`lesft-client enroll`: from a token to a certificate of this device's own."""
+
+import base64
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cryptography import x509
+from pydantic import Field
+from pydantic_settings import CliPositionalArg, SettingsConfigDict
+
+from lesft.commands import say
+from lesft.errors import InvalidInput, Unreachable
+from lesft.identity.certificates import KeyPair, key_pem, new_key, pem, request_for
+from lesft.identity.https import ControlClient, fetch_authority
+from lesft.identity.ticket import ENROLMENT_PREFIX, Ticket, read_ticket
+from lesft.settings import ServiceSettings
+from lesft_client.connection_settings import IDENTITY_FOLDER
+from lesft_client.identities import Facts, Identities
+
+
+class EnrollSettings(ServiceSettings):
+    """Become a client of the server or the aggregator that an enrolment token is of."""
+
+    model_config = SettingsConfigDict(env_prefix="LESFT_CLIENT_")
+
+    token: CliPositionalArg[str] = Field(
+        description="The token that its operator has given you; - reads it from standard input, "
+        "and a file's name from that file, so that no list of processes shows it.",
+        repr=False,
+    )
+    identity: Path = Field(
+        IDENTITY_FOLDER, description="Folder for the key and the certificate of this device."
+    )
+
+
+def enroll(settings: EnrollSettings) -> None:
+    """Make a key, get a certificate for it, keep both. Raises LesftError when that cannot be."""
+    ticket = read_ticket(_text(settings.token), ENROLMENT_PREFIX, "the enrolment token")
+    facts = enrol_with(ticket, settings.identity)
+    say(f"enrolled with the {facts.service} at {facts.address} as {facts.client_id!r}")
+    say(f"use it:  lesft-client train --{facts.service} {facts.address} ...")
+
+
+def enrol_with(ticket: Ticket, folder: Path) -> Facts:
+    """Enrol for a ticket. Raises NotAuthenticated when either side does not accept the other."""
+    server_name = f"lesft-{ticket.service}"
+    authority_pem = fetch_authority(ticket.control_address, ticket.authority_sha256)
+    service = ControlClient(ticket.control_address, authority_pem, server_name)
+    key = new_key()
+    body = {
+        "secret": base64.b64encode(ticket.secret).decode(),
+        "certificate_request": base64.b64encode(request_for(key)).decode(),
+    }
+    answer = service.post("/v1/enrolments", body)
+    try:
+        certificate = x509.load_der_x509_certificate(base64.b64decode(answer["certificate"]))
+    except (ValueError, TypeError, KeyError):
+        raise Unreachable(f"{ticket.control_address}: did not answer with a certificate") from None
+    facts = Facts(ticket.service, ticket.address, server_name, ticket.client_id)
+    Identities(folder).add(facts, authority_pem, KeyPair(key_pem(key), pem(certificate)))
+    return facts
+
+
+def enrol_where_needed(files: Sequence[Path], folder: Path) -> None:
+    """Enrol for the tokens in files where this device has not enrolled with that authority.
+
+    For installations that hand out tokens by themselves. Raises LesftError when that cannot be.
+    """
+    for file in files:
+        ticket = read_ticket(_text(str(file)), ENROLMENT_PREFIX, f"the token in {file}")
+        known = Identities(folder).find(ticket.address)
+        # A service that has lost its state folder has another authority.
+        if known is None or known.authority_sha256 != ticket.authority_sha256:
+            enrol_with(ticket, folder)
+
+
+def _text(token: str) -> str:
+    if token == "-":
+        return sys.stdin.read()
+    if token.startswith(ENROLMENT_PREFIX):
+        return token
+    try:
+        return Path(token).expanduser().read_text()
+    except (OSError, ValueError) as error:
+        raise InvalidInput(
+            f"the enrolment token begins with {ENROLMENT_PREFIX}, and what was given is no file "
+            f"with one either ({getattr(error, 'strerror', None) or 'it is not text'})"
+        ) from None
