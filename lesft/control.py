@@ -130,6 +130,7 @@ class ControlServer:
             timeout_graceful_shutdown=2,
         )
         self._server = _QuietServer(config)
+        self.scheme = "http" if tls is None else "https"
         self._may_be_open = insecure or tls is not None
         self._socket: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
@@ -202,7 +203,8 @@ def _listen(address: str, may_be_open: bool) -> tuple[socket.socket, str]:
 def write_endpoints(state_dir: Path, addresses: Mapping[str, str]) -> None:
     """Leave the real addresses in endpoints.json, for whoever started the service on port 0.
 
-    `addresses` maps "grpc" and "control" to HOST:PORT, and where the service has clients "tls" to
-    "off", "own" or "site", and "public_host" to that setting. The file appears whole or not at all.
+    `addresses` maps "grpc" and "control" to HOST:PORT, and where the service has clients
+    "service" to its kind, "tls" to "off", "own" or "site", and "public_host" to that setting. The
+    file appears whole or not at all.
     """
     write_atomically(state_dir / ENDPOINTS_FILE, json.dumps(dict(addresses)).encode())

@@ -62,7 +62,8 @@ def lock_folder(folder: Path, service: str) -> int:
 
     The lock goes with the process, however that ends. Raises InvalidInput when another one has it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    # What a service keeps is nobody else's business.
+    folder.mkdir(parents=True, mode=0o700, exist_ok=True)
     handle = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

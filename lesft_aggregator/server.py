@@ -71,7 +71,9 @@ class Aggregator:
         await self.rounds.resume()
         await set_serving(self._health, [SERVICE_NAME])
         control_address = await self._control.start(self._settings.control)
-        endpoints = endpoints_of(self._settings, self._security, grpc_address, control_address)
+        endpoints = endpoints_of(
+            "aggregator", self._settings, security, grpc_address, control_address
+        )
         write_endpoints(self._settings.state, endpoints)
         return endpoints
 

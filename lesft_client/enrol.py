@@ -1,6 +1,7 @@
 """`lesft-client enroll`: from a token to a certificate of this device's own."""
 
 import base64
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +11,15 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 from lesft.commands import say
-from lesft.errors import InvalidInput, Unreachable
-from lesft.identity.certificates import KeyPair, key_pem, new_key, pem, request_for
+from lesft.errors import InvalidInput, NotAuthenticated, Unreachable
+from lesft.identity.certificates import KeyPair, key_pem, pem, request_for
 from lesft.identity.https import ControlClient, fetch_authority
 from lesft.identity.ticket import ENROLMENT_PREFIX, Ticket, read_ticket
 from lesft.settings import ServiceSettings
 from lesft_client.connection_settings import IDENTITY_FOLDER
-from lesft_client.identities import Facts, Identities
+from lesft_client.identities import Facts, Identities, digest_of
+
+log = logging.getLogger(__name__)
 
 
 class EnrollSettings(ServiceSettings):
@@ -43,11 +46,16 @@ def enroll(settings: EnrollSettings) -> None:
 
 
 def enrol_with(ticket: Ticket, folder: Path) -> Facts:
-    """Enrol for a ticket. Raises NotAuthenticated when either side does not accept the other."""
+    """Enrol for a ticket; a try whose answer got lost may be repeated.
+
+    Raises NotAuthenticated when either side does not accept the other.
+    """
     server_name = f"lesft-{ticket.service}"
     authority_pem = fetch_authority(ticket.control_address, ticket.authority_sha256)
     service = ControlClient(ticket.control_address, authority_pem, server_name)
-    key = new_key()
+    identities = Identities(folder)
+    # The token is good for one key: the same one if the answer gets lost.
+    key = identities.key_for(ticket.secret)
     body = {
         "secret": base64.b64encode(ticket.secret).decode(),
         "certificate_request": base64.b64encode(request_for(key)).decode(),
@@ -57,22 +65,32 @@ def enrol_with(ticket: Ticket, folder: Path) -> Facts:
         certificate = x509.load_der_x509_certificate(base64.b64decode(answer["certificate"]))
     except (ValueError, TypeError, KeyError):
         raise Unreachable(f"{ticket.control_address}: did not answer with a certificate") from None
-    facts = Facts(ticket.service, ticket.address, server_name, ticket.client_id)
-    Identities(folder).add(facts, authority_pem, KeyPair(key_pem(key), pem(certificate)))
+    facts = Facts(
+        ticket.service, ticket.address, server_name, ticket.client_id, digest_of(ticket.secret)
+    )
+    identities.add(facts, authority_pem, KeyPair(key_pem(key), pem(certificate)))
     return facts
 
 
 def enrol_where_needed(files: Sequence[Path], folder: Path) -> None:
-    """Enrol for the tokens in files where this device has not enrolled with that authority.
+    """Enrol for the tokens in files, but for those that this device has enrolled with already.
 
-    For installations that hand out tokens by themselves. Raises LesftError when that cannot be.
+    For installations that hand out tokens by themselves. A new token in a file makes the device
+    enrol anew; one that is not good any more does no harm to an identity that is. Raises LesftError
+    when there is none then.
     """
     for file in files:
         ticket = read_ticket(_text(str(file)), ENROLMENT_PREFIX, f"the token in {file}")
         known = Identities(folder).find(ticket.address)
-        # A service that has lost its state folder has another authority.
-        if known is None or known.authority_sha256 != ticket.authority_sha256:
+        if known is not None and known.facts.token_sha256 == digest_of(ticket.secret):
+            continue
+        try:
             enrol_with(ticket, folder)
+        except (NotAuthenticated, Unreachable) as error:
+            if known is None or known.authority_sha256 != ticket.authority_sha256:
+                raise
+            known.check_not_expired()
+            log.warning("%s: the token in it is not used: %s", file, error)
 
 
 def _text(token: str) -> str:

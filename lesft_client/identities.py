@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from lesft.errors import InvalidInput
 from lesft.files import write_atomically
@@ -15,8 +16,11 @@ from lesft.identity.certificates import (
     BACKDATED,
     KeyPair,
     der,
+    key_pem,
+    new_key,
     now,
     private_folder,
+    private_key,
     write_private,
 )
 from lesft.identity.settings import Service
@@ -24,6 +28,7 @@ from lesft.identity.settings import Service
 _FACTS_FILE = "identity.json"
 _AUTHORITY_FILE = "authority.pem"
 _PAIR_FILE = "client.pem"
+_PENDING = "pending-"
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,13 @@ class Facts:
     server_name: str
     """The name in its certificate."""
     client_id: str
+    token_sha256: str = ""
+    """Digest of the secret that it enrolled with."""
+
+
+def digest_of(secret: bytes) -> str:
+    """By which a token is known again without being kept."""
+    return hashlib.sha256(secret).hexdigest()
 
 
 class Identity:
@@ -123,6 +135,16 @@ class Identities:
         folders = sorted(self._folder.glob(f"*/{_FACTS_FILE}"))
         return [json.loads(file.read_text())["address"] for file in folders]
 
+    def key_for(self, secret: bytes) -> ec.EllipticCurvePrivateKey:
+        """The key to enrol with for a token: a new one, or that of an earlier try."""
+        private_folder(self._folder)
+        file = self._folder / f"{_PENDING}{digest_of(secret)[:16]}.key"
+        if file.exists():
+            return private_key(file.read_bytes())
+        key = new_key()
+        write_private(file, key_pem(key))
+        return key
+
     def add(self, facts: Facts, authority_pem: bytes, pair: KeyPair) -> Path:
         """Keep a new one in place of what there was for that address; returns its folder."""
         private_folder(self._folder)
@@ -131,6 +153,8 @@ class Identities:
         _write_pair(folder, pair)
         write_atomically(folder / _AUTHORITY_FILE, authority_pem)
         write_atomically(folder / _FACTS_FILE, json.dumps(asdict(facts), indent=2).encode())
+        for file in self._folder.glob(f"{_PENDING}*.key"):
+            file.unlink(missing_ok=True)
         return folder
 
 

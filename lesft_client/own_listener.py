@@ -40,7 +40,9 @@ def control_server(
             "with a file whose token its users must bring, or let anybody look with "
             "--listener-insecure"
         )
-    guarded = AccessControl(app, find_token, loopback)
+    guarded = AccessControl(
+        app, find_token, loopback, "its owner has it in the file of --control-token"
+    )
     return ControlServer(counted(guarded), settings.listener_insecure, tls)
 
 
@@ -51,7 +53,8 @@ def _token_of(settings: TrainSettings) -> FindToken | None:
         token = settings.control_token.read_text().strip()
     except (OSError, ValueError) as error:
         raise InvalidInput(
-            f"--control-token {settings.control_token} cannot be read: {error}"
+            f"--control-token {settings.control_token} cannot be read: "
+            f"{getattr(error, 'strerror', None) or 'it is not text'}"
         ) from None
     if not token:
         raise InvalidInput(f"--control-token {settings.control_token} is empty")
@@ -72,7 +75,7 @@ def _own_context(settings: TrainSettings) -> ssl.SSLContext:
 
 
 def _the_one(token: str) -> FindToken:
-    known = AccessToken("owner", "viewer", float("inf"))
+    known = AccessToken("owner", "operator", float("inf"))
 
     def find(text: str) -> AccessToken | None:
         return known if hmac.compare_digest(text.encode(), token.encode()) else None

@@ -90,6 +90,7 @@ class TrainCommand:
             self._live.start()
             address = control.start_in_thread(settings.control)
             write_endpoints(settings.state, {"control": address})
+            self._display.say(f"to watch: {control.scheme}://{address}/")
             with renewing(list(self._connectors.values())):
                 self._run()
         finally:

@@ -15,25 +15,25 @@ class _Own(ServiceSettings):
     service: ClassVar[Service] = "server"
 
 
-class EnrollSettings(_Own, command_settings.EnrollSettings):
+class EnrollSettings(command_settings.EnrollSettings, _Own):
     """Invite a client: prints a token for its `lesft-client enroll`, which works once."""
 
 
-class RevokeSettings(_Own, command_settings.RevokeSettings):
+class RevokeSettings(command_settings.RevokeSettings, _Own):
     """Shut a client out, at once and in mid-run; another enrolment lets it in again."""
 
 
-class TokenSettings(_Own, command_settings.TokenSettings):
+class TokenSettings(command_settings.TokenSettings, _Own):
     """Make a token for the control API, for a person or a program, or revoke one."""
 
 
-class AccessSettings(_Own, command_settings.AccessSettings):
+class AccessSettings(command_settings.AccessSettings, _Own):
     """List who may do what: clients, invitations and access tokens."""
 
 
-class StatusSettings(_Own, command_settings.StatusSettings):
+class StatusSettings(command_settings.StatusSettings, _Own):
     """Look at the server from any machine: exit status 0 when it works, 4 when it waits."""
 
 
-class KeySettings(_Own, command_settings.KeySettings):
+class KeySettings(command_settings.KeySettings, _Own):
     """Print the public key of the server's receipts, for the aggregator's --server-key."""

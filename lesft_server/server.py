@@ -130,7 +130,9 @@ class Server:
         if security is not None:
             security.start()
             show_expiry(self._metrics.registry, "server", lambda: security.expires)
-        write_endpoints(settings.state, endpoints_of(settings, security, address, control_address))
+        write_endpoints(
+            settings.state, endpoints_of("server", settings, security, address, control_address)
+        )
         scheme = "http" if security is None else "https"
         log.info("ready: gRPC on %s, control API on %s://%s", address, scheme, control_address)
         return address, control_address

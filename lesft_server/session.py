@@ -360,9 +360,9 @@ class Session:
         """Call `tell` once the session has ended."""
         self._end.add_done_callback(lambda _: tell())
 
-    def close(self) -> None:
-        """The call is over, for whatever reason; does nothing after a leave or a failure."""
-        self.fail(OutOfOrder(_NO_LEAVE))
+    def close(self, error: LesftError | None = None) -> None:
+        """The call is over, for this reason if any; does nothing after a leave or a failure."""
+        self.fail(error or OutOfOrder(_NO_LEAVE))
 
     def _close(self, state: SessionState, reason: str, error: Exception | None = None) -> None:
         """Drop what was not answered yet and tell the run; the first end counts."""

@@ -7,6 +7,7 @@ from grpc.aio import ServicerContext
 
 from lesft.errors import OutOfOrder
 from lesft.identity.caller import check_acts_for_itself
+from lesft.identity.guard import why_ended
 from lesft.spec_messages import spec_to_message
 from lesft.v1 import training_pb2, training_pb2_grpc
 from lesft_server.handshake import check_opening
@@ -56,7 +57,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
                 yield response
         finally:
             receiving.cancel()
-            session.close()
+            session.close(why_ended())
 
     async def _open(
         self,

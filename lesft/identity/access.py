@@ -35,8 +35,14 @@ FindToken = Callable[[str], AccessToken | None]
 class AccessControl:
     """ASGI middleware in front of a control API, so that a new route is guarded by default."""
 
-    def __init__(self, app: Any, find_token: FindToken | None, loopback: bool) -> None:
-        """Without `find_token` no tokens are asked for.
+    def __init__(
+        self,
+        app: Any,
+        find_token: FindToken | None,
+        loopback: bool,
+        where_from: str = "who runs the service makes one with its command 'token NAME'",
+    ) -> None:
+        """Without `find_token` no tokens are asked for; `where_from` says who has them.
 
         `loopback` says that only this machine can connect: then a browser that shows a stranger's
         page must not be able to, either.
@@ -44,6 +50,7 @@ class AccessControl:
         self._app = app
         self._find_token = find_token
         self._loopback = loopback
+        self._where_from = where_from
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """See the ASGI specification."""
@@ -80,8 +87,8 @@ class AccessControl:
         scheme, _, text = authorization.decode("latin-1").partition(" ")
         if scheme.lower() != "bearer" or not text:
             raise NotAuthenticated(
-                "an access token is needed, in the header 'Authorization: Bearer TOKEN'; who runs "
-                "the service makes one with its command 'token NAME'"
+                "an access token is needed, in the header 'Authorization: Bearer TOKEN'; "
+                f"{self._where_from}"
             )
         token = self._find_token(text)
         if token is None:

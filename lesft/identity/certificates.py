@@ -52,6 +52,17 @@ def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
+def private_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
+    """The inverse of `key_pem`. Raises InvalidInput for anything else."""
+    try:
+        key = serialization.load_pem_private_key(pem, password=None)
+    except ValueError as error:
+        raise InvalidInput(f"it is no private key in PEM: {error}") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise InvalidInput("it is no private key on a curve")
+    return key
+
+
 def request_for(key: ec.EllipticCurvePrivateKey) -> bytes:
     """A certificate request for a key, DER. It names nobody: the authority says who it is."""
     builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))

@@ -30,7 +30,7 @@ class EnrollSettings(StateSettings):
     host: str = Field(
         "",
         description="Name or address by which the client reaches this machine; by default the "
-        "service's --public-host, or that of its --listen.",
+        "service's --public-host, or those of its --listen and --control.",
     )
     output: Path | None = Field(
         None, description="File for the token, for its owner's eyes only; none prints it."
@@ -41,6 +41,11 @@ class RevokeSettings(StateSettings):
     """Shut a client out, at once and in mid-run; another enrolment lets it in again."""
 
     client: CliPositionalArg[str] = Field(description="The client's id.")
+    undo: bool = Field(
+        False,
+        description="Take that back. With the service's own authority it does not bring back "
+        "certificates: enrol the client again instead.",
+    )
 
 
 class TokenSettings(StateSettings):

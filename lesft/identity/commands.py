@@ -6,7 +6,7 @@ from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
 
-from lesft.channel import is_any, split_address
+from lesft.channel import is_any, is_loopback, split_address
 from lesft.commands import say
 from lesft.control import ENDPOINTS_FILE
 from lesft.errors import InvalidInput
@@ -32,8 +32,9 @@ def enroll(settings: EnrollSettings) -> str | None:
     ticket = invite(
         settings.state, settings.service, settings.client, settings.hours, settings.host
     )
+    word = settings.output.name if settings.output else "TOKEN"
     say(
-        f"for {settings.client}, once, within {settings.hours:g} h:  lesft-client enroll TOKEN\n"
+        f"for {settings.client}, once, within {settings.hours:g} h:  lesft-client enroll {word}\n"
         "whoever has the token can become that client: hand it over as you would a password"
     )
     return _hand_out(ticket, settings.output)
@@ -52,6 +53,7 @@ def invite(
             f"this {service} uses its site's own certificates: clients get theirs from whoever "
             "runs that authority"
         )
+    endpoints.check_reachable()
     ticket = Ticket(
         service,
         endpoints.address("control"),
@@ -68,15 +70,19 @@ def invite(
 def revoke(settings: RevokeSettings) -> str:
     """Shut a client out."""
     own = _Endpoints(settings.state, settings.service, "").own_authority
-    with closing(open_registry(settings.state)) as registry:
-        (registry.revoke if own else registry.refuse)(settings.client)
     name, service = settings.client, settings.service
+    with closing(open_registry(settings.state)) as registry:
+        if settings.undo:
+            registry.readmit(name)
+            return f"client {name} may come back"
+        (registry.revoke if own else registry.refuse)(name)
     return f"client {name} is shut out; a {service} that runs ends its calls within seconds"
 
 
 def token(settings: TokenSettings) -> str | None:
     """An access token, or the end of one."""
     if settings.revoke:
+        _endpoints_of(settings.state, settings.service)
         with closing(open_registry(settings.state)) as registry:
             registry.remove_token(settings.name)
         return f"the access token of {settings.name} is revoked"
@@ -110,6 +116,7 @@ def give_access(
 
 def access(settings: AccessSettings) -> str:
     """Who may do what, as a table."""
+    _endpoints_of(settings.state, settings.service)
     rows = [("what", "name", "state", "until")]
     now = time.time()
     with closing(open_registry(settings.state)) as registry:
@@ -129,6 +136,7 @@ def access(settings: AccessSettings) -> str:
 
 def key(settings: KeySettings) -> str:
     """The public key of the server's receipts."""
+    _endpoints_of(settings.state, settings.service)
     return Attester(settings.state / IDENTITY_FOLDER).public_key
 
 
@@ -143,17 +151,24 @@ def _hand_out(ticket: Ticket, output: Path | None) -> str | None:
     return None
 
 
+def _endpoints_of(state: Path, service: Service) -> dict[str, str]:
+    try:
+        written: dict[str, str] = json.loads((state / ENDPOINTS_FILE).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        written = {}
+    if written.get("service") != service:
+        raise InvalidInput(
+            f"--state {state} is of no {service} that was started: give the one that it was "
+            "started with"
+        )
+    return written
+
+
 class _Endpoints:
     """Where a service on this machine listens, as it has written down itself."""
 
     def __init__(self, state: Path, service: Service, host: str) -> None:
-        try:
-            self._written = json.loads((state / ENDPOINTS_FILE).read_text())
-        except FileNotFoundError:
-            raise InvalidInput(
-                f"--state {state} is of no {service} that was started: start it "
-                "first, so that it has addresses"
-            ) from None
+        self._written = _endpoints_of(state, service)
         if self._written.get("tls", "off") == "off":
             raise InvalidInput(
                 f"this {service} does not encrypt, so that nobody needs to enrol or to bring a "
@@ -166,6 +181,15 @@ class _Endpoints:
     def own_authority(self) -> bool:
         """Whether the service certifies its clients itself."""
         return bool(self._written["tls"] == "own")
+
+    def check_reachable(self) -> None:
+        """Raises InvalidInput where devices reach the service, but not where they would enrol."""
+        control = self._written["control"]
+        if is_loopback(control) and not is_loopback(self._written["grpc"]):
+            raise InvalidInput(
+                f"devices enrol at the control API, and this {self._service}'s is on {control}, "
+                "which no other machine reaches: start it with --control 0.0.0.0:PORT"
+            )
 
     def address(self, kind: str) -> str:
         """HOST:PORT of "grpc" or "control" as others reach it."""

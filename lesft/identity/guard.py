@@ -5,6 +5,7 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,15 @@ CHECK_SECONDS = 1.0
 
 _CHECKS_WHILE_SENDING = 5
 """A client that reads nothing learns nothing: its call is cut off after so many looks."""
+
+
+_current: ContextVar["_Call"] = ContextVar("call")
+
+
+def why_ended() -> LesftError | None:
+    """Why the call that is being handled was ended by the guard; None where it was not."""
+    call = _current.get(None)
+    return call.error if call else None
 
 
 @dataclass(eq=False)
@@ -84,7 +94,8 @@ class CallGuard(grpc.aio.ServerInterceptor):
         serial = caller.serial if self._own_authority else None
         refusal = self._registry.refusal(serial, caller.client_id)
         if refusal is not None:
-            return NotAllowed(f"{refusal}: ask the operator for a new enrolment token")
+            way_out = " for a new enrolment token" * self._own_authority
+            return NotAllowed(f"{refusal}: ask the operator{way_out}")
         if caller.expires <= now():
             # To be tried again: a client that has renewed its certificate goes on with that.
             return Unreachable(
@@ -102,6 +113,7 @@ class CallGuard(grpc.aio.ServerInterceptor):
         if (error := self._error(caller)) is not None:
             raise error
         call = _Call(caller, task)
+        _current.set(call)
         self._calls.add(call)
         try:
             yield call

@@ -152,6 +152,8 @@ def _exchange(
         raise Unreachable(f"{address}: speaks no TLS ({error.reason}); check the address") from None
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if context is None and isinstance(error, http.client.HTTPException | ConnectionError):
+            reason = f"{reason} (a service that encrypts wants a token: --token)"
         raise Unreachable(f"{address}: {reason}; is it running and is the address right?") from None
     finally:
         connection.close()

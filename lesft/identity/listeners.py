@@ -13,7 +13,7 @@ from lesft.identity.access import AccessControl
 from lesft.identity.enrolment_api import add_enrolment_routes
 from lesft.identity.security import Security
 from lesft.identity.service import SERVICE_NAME, IdentityService
-from lesft.identity.settings import SecuritySettings
+from lesft.identity.settings import SecuritySettings, Service
 from lesft.interceptors import OnRefused
 from lesft.v1.identity_pb2_grpc import add_IdentityServiceServicer_to_server
 
@@ -63,11 +63,16 @@ def control_server(
 
 
 def endpoints_of(
-    settings: SecuritySettings, security: Security | None, grpc_address: str, control: str
+    service: Service,
+    settings: SecuritySettings,
+    security: Security | None,
+    grpc_address: str,
+    control: str,
 ) -> Mapping[str, str]:
     """What a service leaves in endpoints.json for its own commands."""
     own = security is not None and security.authority is not None
     return {
+        "service": service,
         "grpc": grpc_address,
         "control": control,
         "tls": "off" if security is None else "own" if own else "site",

@@ -182,6 +182,11 @@ class Registry:
         with self._transaction() as db:
             self._refuse(db, client_id)
 
+    def readmit(self, client_id: str) -> None:
+        """Take a client's refusal back; certificates that were revoked with it stay so."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM revoked_clients WHERE client_id = ?", (client_id,))
+
     def _refuse(self, db: sqlite3.Connection, client_id: str) -> None:
         now = time.time()
         db.execute("INSERT OR REPLACE INTO revoked_clients VALUES (?, ?)", (client_id, now))

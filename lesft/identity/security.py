@@ -88,7 +88,13 @@ class Security:
         self._serving.load_into(self._http)
         self._tasks: list[asyncio.Task[None]] = []
         own = f"authority sha256:{self.authority.sha256.hex()}" if self.authority else "site's own"
-        log.info("connections are encrypted (%s); clients: enroll, people: token", own)
+        log.info(
+            "connections are encrypted (%s); a device gets in with what lesft-%s enroll NAME "
+            "prints, a person with what lesft-%s token NAME prints",
+            own,
+            service,
+            service,
+        )
 
     @classmethod
     def of(cls, settings: SecuritySettings, service: Service) -> "Security | None":

@@ -31,7 +31,7 @@ class SecuritySettings(ServiceSettings):
         "",
         pattern=r"^[^\s:\[\]/]*$|^[0-9a-fA-F:]+$",
         description="Name or address by which others reach this machine, for enrolment tokens and "
-        "the certificate; by default that of --listen.",
+        "the certificate; by default those of --listen and --control.",
     )
     certificate_hours: float = Field(
         168,

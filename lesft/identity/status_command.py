@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lesft.channel import is_loopback
 from lesft.errors import InvalidInput
 from lesft.identity.command_settings import StatusSettings
 from lesft.identity.https import ControlClient, fetch_authority
@@ -25,6 +26,11 @@ def connect(settings: StatusSettings) -> ControlClient:
             raise InvalidInput(
                 "--token FILE is needed, or --control HOST:PORT for a service on this machine that "
                 f"asks for none; lesft-{service} token NAME makes one"
+            )
+        if not is_loopback(settings.control):
+            raise InvalidInput(
+                f"{settings.control} is beyond this machine, where nobody looks without a token: "
+                f"give --token FILE with one that lesft-{service} token NAME has made there"
             )
         return ControlClient(settings.control, None)
     text = sys.stdin.read() if settings.token == "-" else _read(Path(settings.token))
@@ -72,4 +78,5 @@ def _read(path: Path) -> str:
     try:
         return path.expanduser().read_text()
     except (OSError, ValueError) as error:
-        raise InvalidInput(f"--token {path} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise InvalidInput(f"--token {path} cannot be read: {reason}") from None

@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 
+from lesft.errors import NotAuthenticated
+from lesft.identity.ticket import ACCESS_PREFIX, read_ticket
 from lesft_aggregator.main import main as aggregator_main
+from lesft_client.enrol import enrol_where_needed, enrol_with
+from lesft_client.identities import Identities
 from lesft_client.main import main as client_main
+from lesft_server.main import main as server_main
 from tests.identity.harness import RunningAggregator, secure_aggregator
 
 Capture = pytest.CaptureFixture[str]
@@ -68,6 +73,77 @@ def test_a_token_may_come_from_a_file_or_a_pipe(
     monkeypatch.setattr("sys.stdin.read", lambda: f"{again}\n", raising=False)
     assert ended(client_main, ["enroll", "-", "--identity", str(tmp_path / "b")]) == 0
     assert "as 'by-pipe'" in capsys.readouterr().err
+
+
+def test_each_service_has_its_own_variables(
+    service: RunningAggregator, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LESFT_AGGREGATOR_STATE", str(service.state))
+    for bare, value in {"STATE": "/elsewhere", "HOST": "elsewhere.example", "ROLE": "x"}.items():
+        monkeypatch.setenv(bare, value)
+    for argv in (["access"], ["enroll", "by-variable"], ["token", "by-variable"]):
+        assert ended(aggregator_main, argv) == 0, argv
+    token = read_ticket(capsys.readouterr().out.split()[-1], ACCESS_PREFIX, "it")
+    assert token.control_address == service.control
+    assert ended(aggregator_main, ["revoke", "by-variable"]) == 0
+    assert ended(server_main, ["access"]) == 2  # that variable is not the server's
+    assert "--state: Field required" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["enroll", "a"], ["revoke", "a"], ["token", "a"], ["access"]])
+def test_another_services_folder_is_refused(
+    service: RunningAggregator, tmp_path: Path, capsys: Capture, command: list[str]
+) -> None:
+    for folder in (service.state, tmp_path / "none"):
+        assert ended(server_main, [*command, "--state", str(folder)]) == 1
+        assert f"--state {folder} is of no server that was started" in capsys.readouterr().err
+        assert ended(server_main, ["key", "--state", str(folder)]) == 1
+        capsys.readouterr()
+    assert not (tmp_path / "none").exists()
+
+
+def test_devices_need_a_control_api_that_they_reach(tmp_path: Path, capsys: Capture) -> None:
+    with secure_aggregator(tmp_path, listen="0.0.0.0:0", tls="auto"):
+        assert ended(aggregator_main, ["enroll", "a", "--state", str(tmp_path)]) == 1
+    assert "start it with --control 0.0.0.0:PORT" in capsys.readouterr().err
+
+
+def test_a_token_whose_answer_got_lost_may_be_used_again_by_the_same_device(
+    service: RunningAggregator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticket = service.invite("unlucky")
+
+    def lose(self: Identities, *arguments: Any) -> Path:
+        raise OSError("the power went")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Identities, "add", lose)
+        with pytest.raises(OSError, match="the power went"):
+            enrol_with(ticket, tmp_path)
+    assert enrol_with(ticket, tmp_path).client_id == "unlucky"
+    assert [file.name for file in tmp_path.glob("pending*")] == []
+    with pytest.raises(NotAuthenticated, match="was used before"):
+        enrol_with(ticket, tmp_path / "another device")
+
+
+def test_tokens_in_files_enrol_once_and_again_when_they_are_new(
+    service: RunningAggregator, tmp_path: Path
+) -> None:
+    file, folder = tmp_path / "token", tmp_path / "identity"
+
+    def enrolled_with(text: str) -> bytes:
+        file.write_text(text)
+        enrol_where_needed([file], folder)
+        return service.identity(folder).pair_file.read_bytes()
+
+    first_token, second_token = (service.invite("by-itself").text() for _ in range(2))
+    first = enrolled_with(first_token)
+    assert enrolled_with(first_token) == first
+    second = enrolled_with(second_token)
+    assert second != first
+    assert enrolled_with(first_token) == second  # used: what is there stays
+    service.revoke("by-itself")
+    assert enrolled_with(service.invite("by-itself").text()) != second
 
 
 def test_what_is_no_token_is_not_repeated(tmp_path: Path, capsys: Capture) -> None:

@@ -160,6 +160,7 @@ def test_a_client_that_is_revoked_in_mid_run_stops_and_goes_on_once_it_has_enrol
             assert time.monotonic() - revoked < 5
         member = both.server.engine.run.members["client-0"]
         assert not member.connected
+        assert "client 'client-0' was revoked" in member.away_because
         with pytest.raises(NotAllowed, match="client 'client-0' was revoked"):
             both.command().run()
         both.enrol_with_server()

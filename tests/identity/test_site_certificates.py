@@ -84,6 +84,8 @@ def test_a_client_of_the_site_can_be_shut_out(site: Site, service: RunningAggreg
     revoke(RevokeSettings(client="gone", state=service.state))
     with pytest.raises(NotAllowed, match="client 'gone' was revoked"):
         join(connector.open(), "gone")
+    revoke(RevokeSettings(client="gone", state=service.state, undo=True))
+    assert join(connector.open(), "gone").clients == 9
 
 
 def test_nobody_enrols_where_the_site_gives_certificates(service: RunningAggregator) -> None:

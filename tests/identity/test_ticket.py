@@ -9,10 +9,10 @@ from lesft.identity.ticket import ACCESS_PREFIX, ENROLMENT_PREFIX, Ticket, read_
 
 INVITATION = Ticket(
     "server",
-    "gpu.example.org:8051",
+    "gpu.example:8051",
     bytes(range(32)),
     bytes(range(16)),
-    "gpu.example.org:50051",
+    "gpu.example:50051",
     "a",
 )
 ACCESS = Ticket("aggregator", "[2001:db8::1]:8052", b"", bytes(range(16)))

@@ -6,6 +6,7 @@ import logging
 import re
 import subprocess
 import sys
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from lesft.logs import JsonFormatter, note, note_process
 @pytest.fixture(autouse=True)
 def own_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "_process", {})
+    monkeypatch.setattr(logs, "_task", ContextVar("task"))
 
 
 def record(message: str, *arguments: object, **options: Any) -> logging.LogRecord:

@@ -302,8 +302,8 @@ def test_a_file_that_cannot_be_used_is_named_with_its_line(
         (
             {"server": "192.0.2.1:5"},
             "this device has not enrolled with 192.0.2.1:5 (but with: none): ask its operator "
-            "for an enrolment token and run lesft-client enroll TOKEN, or accept that anyone on the "
-            "way can read and change everything with --insecure",
+            "for an enrolment token and run lesft-client enroll TOKEN, or accept that anyone on "
+            "the way can read and change everything with --insecure",
         ),
         (
             {"control": "0.0.0.0:0"},
