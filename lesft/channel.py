@@ -34,6 +34,7 @@ _SERVER_OPTIONS = [
     # Half of the other end's interval: a ping that comes a little early is no offence.
     ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
     ("grpc.so_reuseport", 0),
+    ("grpc.server_handshake_timeout_ms", 15_000),
 ]
 _CLIENT_OPTIONS = [
     *_OPTIONS,

@@ -56,7 +56,7 @@ def error_from(call: grpc.RpcError, party: str) -> LesftError:
     code, message = call.code(), call.details()
     if code is grpc.StatusCode.UNIMPLEMENTED:
         message = "is not the LESFT service that was asked for; check the address"
-    return error_for(_reason(call), code)(f"{party}: {message or code.name.lower()}")
+    return error_for(_reason(call), code)(f"{party}: {one_line(message or code.name.lower())}")
 
 
 def _reason(call: grpc.RpcError) -> str | None:

@@ -8,6 +8,9 @@ from safetensors import SafetensorError, deserialize
 from lesft.bundle import check_header
 from lesft.errors import BundleError
 
+_ENTRY_BYTES, _HEADER_BYTES = 256, 65536
+"""Room for a tensor's entry in a safetensors header, and for what else may be in there."""
+
 Layout = dict[str, tuple[int, ...]]
 """Shape of each tensor of an adapter, by name. All are float32."""
 
@@ -43,6 +46,12 @@ def _check_tensor(name: str, dtype: str, shape: list[int], data: bytearray) -> N
             f"tensor {shown(name)} has values that are NaN or infinite: lower the learning rate "
             "or clip the gradient"
         )
+
+
+def most_bytes(layout: Layout) -> int:
+    """What an adapter of float32 tensors of this layout can have, with its header."""
+    header = sum(len(name) + _ENTRY_BYTES for name in layout) + _HEADER_BYTES
+    return header + sum(math.prod(shape) * 4 for shape in layout.values())
 
 
 def check_layout(layout: Layout, expected: Layout) -> None:

@@ -3,15 +3,16 @@
 from lesft.errors import NotAllowed
 from lesft.identity.attestation import Verifier
 from lesft.v1 import aggregation_pb2 as pb
+from lesft.v1.receipt_pb2 import Statement
 
 _WAY_OUT = "a receipt is good for one client and one version: hand in what the server gave for it"
 
 
-def check_receipt(verifier: Verifier, submission: pb.Submission, run_fingerprint: str) -> None:
+def check_receipt(verifier: Verifier, submission: pb.Submission, run_fingerprint: str) -> Statement:
     """Refuse a submission that the server does not vouch for, in every figure that counts.
 
-    `run_fingerprint` is that of the clients that have joined, empty while it is not known: after a
-    restart clients go on without joining again. Raises NotAllowed.
+    `run_fingerprint` is that of the receipts before, empty while there was none since the start.
+    Returns what the server has signed. Raises NotAllowed.
     """
     if not submission.HasField("receipt"):
         raise NotAllowed(
@@ -35,3 +36,4 @@ def check_receipt(verifier: Verifier, submission: pb.Submission, run_fingerprint
                 f"receipt: {name} is {vouched!r} by the server's receipt, and {said!r} by the "
                 f"submission; {_WAY_OUT}"
             )
+    return statement

@@ -112,7 +112,7 @@ class Rounds:
         self._timer: asyncio.TimerHandle | None = None
         self._ended: LesftError | None = None
         self.run_fingerprint = ""
-        """That of the first client that joined since the start."""
+        """What the clients of the run agree on: by the server's receipts, or who came first."""
         self.obstacle = ""
         """Why nothing can be kept at the moment: a full disk."""
         self.current = Round(store.version())

@@ -19,6 +19,7 @@ from lesft.v1 import aggregation_pb2 as pb
 from lesft.v1.aggregation_pb2_grpc import AggregationServiceServicer
 from lesft.v1.heartbeat_pb2 import Heartbeat
 from lesft.v1.tensor_pb2 import BundleInfo, Chunk
+from lesft_aggregator.adapters import most_bytes
 from lesft_aggregator.admission import Introduction, check_name
 from lesft_aggregator.metrics import Metrics
 from lesft_aggregator.receipts import check_receipt
@@ -55,7 +56,9 @@ class AggregationService(AggregationServiceServicer):
         """Takes a client in."""
         check_acts_for_itself(context, request.client_id)
         client = Introduction(request.client_id, request.run_id, request.num_samples)
-        version = await self._rounds.join(request.protocol_version, client, request.run_fingerprint)
+        # A client's word on what the run is counts only where the server's is not to be had.
+        fingerprint = "" if self._verifier else request.run_fingerprint
+        version = await self._rounds.join(request.protocol_version, client, fingerprint)
         return pb.JoinResponse(
             version=version,
             clients=self._settings.clients,
@@ -78,16 +81,12 @@ class AggregationService(AggregationServiceServicer):
         header = await self._header(requests)
         check_acts_for_itself(context, header.client_id)
         if self._verifier is not None:
-            check_receipt(self._verifier, header, self._rounds.run_fingerprint)
+            vouched = check_receipt(self._verifier, header, self._rounds.run_fingerprint)
+            self._rounds.run_fingerprint = vouched.run_fingerprint
         client = Introduction(header.client_id, header.run_id, header.num_samples)
         self._rounds.check(client, header.base_version)
         note(client=header.client_id, version=header.base_version + 1)
-        if header.bundle.total_bytes > self._limit_bytes:
-            raise TooLarge(
-                f"adapter of {header.bundle.total_bytes} bytes announced, but at most "
-                f"{self._limit_bytes} are accepted: lower the LoRA rank, or restart the "
-                "aggregator with a larger --max-submission-mib"
-            )
+        self._check_size(header.bundle.total_bytes)
         version = header.base_version
         traced = span(
             "submission", header.run_id, version, client=header.client_id, base_version=version
@@ -113,6 +112,21 @@ class AggregationService(AggregationServiceServicer):
             self._submitting[client_id] -= 1
             if not self._submitting[client_id]:
                 del self._submitting[client_id]
+
+    def _check_size(self, num_bytes: int) -> None:
+        """Before any room is held for it. Raises TooLarge."""
+        if num_bytes > self._limit_bytes:
+            raise TooLarge(
+                f"adapter of {num_bytes} bytes announced, but at most {self._limit_bytes} are "
+                "accepted: lower the LoRA rank, or restart the aggregator with a larger "
+                "--max-submission-mib"
+            )
+        layout = self._store.layout()
+        if layout is not None and num_bytes > (most := most_bytes(layout)):
+            raise TooLarge(
+                f"adapter of {num_bytes} bytes announced, but those of this run have at most "
+                f"{most}: all clients must train the same layers with the same LoRA"
+            )
 
     async def _receive(
         self, client_id: str, bundle: BundleInfo, requests: AsyncIterator[pb.SubmitRequest]

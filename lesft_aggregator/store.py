@@ -42,9 +42,9 @@ class Store:
         """
         self._submissions = state / "submissions"
         self._adapters = state / "adapters"
-        for folder in (state, self._submissions, self._adapters):
-            folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(state, "aggregator")
+        for folder in (self._submissions, self._adapters):
+            folder.mkdir(exist_ok=True)
         if fresh:
             _drop(state, self._submissions, self._adapters)
         self._database = state / DATABASE_FILE

@@ -10,6 +10,7 @@ from cryptography import x509
 from lesft.channel import check_open, is_loopback, open_aio_channel, open_channel, split_address
 from lesft.errors import InvalidInput, NotAuthenticated
 from lesft.identity.certificates import common_name
+from lesft.identity.settings import Service
 from lesft_client.connection_settings import ConnectionSettings
 from lesft_client.identities import Identities, Identity
 
@@ -19,8 +20,11 @@ _PROBE_SECONDS = 5
 class Connector:
     """Opens channels to one service, as often as is needed."""
 
-    def __init__(self, address: str, settings: ConnectionSettings) -> None:
-        """Raises InvalidInput for an address beyond this machine that it has not enrolled with."""
+    def __init__(self, address: str, settings: ConnectionSettings, service: Service) -> None:
+        """Raises InvalidInput for an address beyond this machine that it has not enrolled with.
+
+        `service` is what it must have enrolled with there.
+        """
         self.address = address
         self.identity: Identity | None = None
         self._site: _SiteCertificates | None = None
@@ -36,6 +40,11 @@ class Connector:
                     f"this device has not enrolled with {address} (but with: {known}): ask its "
                     "operator for an enrolment token and run lesft-client enroll TOKEN, or accept "
                     "that anyone on the way can read and change everything with --insecure"
+                )
+            if self.identity is not None and self.identity.facts.service != service:
+                raise InvalidInput(
+                    f"{address} is an {self.identity.facts.service} that this device has enrolled "
+                    f"with, and no {service}: check the address"
                 )
         check_open(address, settings.insecure or self.encrypted)
 
@@ -149,26 +158,34 @@ def _prove_encrypted(connector: Connector, raw: socket.socket) -> None:
     context.set_alpn_protocols(["h2"])
     try:
         with context.wrap_socket(raw, server_hostname=connector.expected_name) as tls:
-            accepted = bool(tls.recv(1))  # the first byte of HTTP/2's settings
+            accepted = _says_something(tls)
     except ssl.SSLCertVerificationError as error:
         raise NotAuthenticated(
             f"{address} is not the service that this device has enrolled with "
             f"({error.verify_message}): the address may be wrong, the service may have lost its "
             "state folder, or someone on the way pretends to be it; ask its operator"
         ) from None
-    except (ssl.SSLError, ConnectionError) as error:
-        if isinstance(error, ssl.SSLError) and error.reason == "WRONG_VERSION_NUMBER":
+    except ssl.SSLError as error:
+        if error.reason == "WRONG_VERSION_NUMBER":
             raise NotAuthenticated(
                 f"{address} does not encrypt, and this device has enrolled with a service there "
                 "that did: ask its operator; --insecure would trust whoever answers"
             ) from None
-        accepted = False
+        raise ConnectionError from None  # whoever answers may not be the service yet
     if not accepted:
         raise NotAuthenticated(
             f"{address} does not accept this device's certificate: it may be of another "
             "authority, as after the service has lost its state folder; ask the operator for a new "
             "enrolment token and run lesft-client enroll"
         )
+
+
+def _says_something(tls: ssl.SSLSocket) -> bool:
+    """Whether the first byte of HTTP/2's settings comes: the client's certificate was taken."""
+    try:
+        return bool(tls.recv(1))
+    except (ssl.SSLError, ConnectionError):
+        return False
 
 
 def _speaks_tls(raw: socket.socket) -> bool:

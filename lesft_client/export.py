@@ -41,7 +41,7 @@ def export(settings: ExportSettings) -> str:
     if settings.back is not None:
         back = load_half(settings.back)
     else:
-        connector = Connector(settings.server, settings)
+        connector = Connector(settings.server, settings, "server")
         back = fetch_back(connector, settings.patience_seconds, front)
     figures = _figures_of(state)
     with _filled(output) as folder:

@@ -128,7 +128,9 @@ class Identities:
     def find(self, address: str) -> Identity | None:
         """The identity for the service at HOST:PORT, None where there is none."""
         folder = self._folder / _folder_name(address)
-        return Identity(folder) if folder.exists() else None
+        # The facts are written last: without them, enrolling was cut off.
+        identity = Identity(folder) if (folder / _FACTS_FILE).exists() else None
+        return identity if identity is not None and identity.facts.address == address else None
 
     def known(self) -> list[str]:
         """The addresses of all of them."""
@@ -138,7 +140,7 @@ class Identities:
     def key_for(self, secret: bytes) -> ec.EllipticCurvePrivateKey:
         """The key to enrol with for a token: a new one, or that of an earlier try."""
         private_folder(self._folder)
-        file = self._folder / f"{_PENDING}{digest_of(secret)[:16]}.key"
+        file = self._pending(digest_of(secret))
         if file.exists():
             return private_key(file.read_bytes())
         key = new_key()
@@ -153,9 +155,11 @@ class Identities:
         _write_pair(folder, pair)
         write_atomically(folder / _AUTHORITY_FILE, authority_pem)
         write_atomically(folder / _FACTS_FILE, json.dumps(asdict(facts), indent=2).encode())
-        for file in self._folder.glob(f"{_PENDING}*.key"):
-            file.unlink(missing_ok=True)
+        self._pending(facts.token_sha256).unlink(missing_ok=True)
         return folder
+
+    def _pending(self, token_sha256: str) -> Path:
+        return self._folder / f"{_PENDING}{token_sha256[:16]}.key"
 
 
 def _write_pair(folder: Path, pair: KeyPair) -> None:

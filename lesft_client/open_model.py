@@ -42,7 +42,7 @@ async def open_model(settings: LanguageModelSettings) -> AsyncGenerator[Language
     _check(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    connectors = [] if settings.local else [Connector(settings.server, settings)]
+    connectors = [] if settings.local else [Connector(settings.server, settings, "server")]
     model: LocalModel | SplitModel = (
         _local(settings) if settings.local else _split(settings, *connectors)
     )

@@ -4,6 +4,7 @@ import hmac
 import socket
 import ssl
 from collections.abc import Callable
+from datetime import timedelta
 
 from starlette.types import ASGIApp
 
@@ -53,7 +54,7 @@ def _token_of(settings: TrainSettings) -> FindToken | None:
         token = settings.control_token.read_text().strip()
     except (OSError, ValueError) as error:
         raise InvalidInput(
-            f"--control-token {settings.control_token} cannot be read: "
+            "--control-token, a file with a token, cannot be read: "
             f"{getattr(error, 'strerror', None) or 'it is not text'}"
         ) from None
     if not token:
@@ -65,7 +66,10 @@ def _own_context(settings: TrainSettings) -> ssl.SSLContext:
     folder = settings.state / IDENTITY_FOLDER
     host = split_address(settings.control)[0]
     hosts = [socket.gethostname(), "localhost", "127.0.0.1"]
-    pair = Authority(folder, "client").server_pair(hosts if is_any(host) else [host, *hosts])
+    # It serves as long as the run: nobody is there to renew it.
+    pair = Authority(folder, "client").server_pair(
+        hosts if is_any(host) else [host, *hosts], timedelta(days=3650)
+    )
     file = folder / "listener.pem"
     write_private(file, pair.key_pem + pair.certificate_pem)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -5,10 +5,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from cryptography import x509
-
 from lesft.errors import LesftError
-from lesft.identity.certificates import KeyPair, key_pem, new_key, pem, request_for
+from lesft.identity.certificates import KeyPair, certificate_of, key_pem, new_key, pem, request_for
 from lesft.interceptors import remote_errors
 from lesft.v1 import identity_pb2, identity_pb2_grpc
 from lesft_client.connector import Connector
@@ -24,6 +22,7 @@ _CHECKS = 20
 _MOST_SECONDS = 600.0
 """... but at least so often."""
 
+_SECONDS_AFTER_FAILURE = 1.0
 _CALL_SECONDS = 20
 
 
@@ -45,23 +44,26 @@ def renewing(connectors: Sequence[Connector]) -> Iterator[None]:
 
 
 def _keep_fresh(connector: Connector, stop: threading.Event) -> None:
+    pause = 0.0
+    while not stop.wait(pause):
+        try:
+            pause = _renew_if_due(connector)
+        except (LesftError, OSError, ValueError) as error:
+            log.warning("the certificate cannot be renewed, trying again: %s", error)
+            pause = _SECONDS_AFTER_FAILURE
+
+
+def _renew_if_due(connector: Connector) -> float:
+    """Returns how many seconds later to look again. Raises LesftError, OSError or ValueError."""
     identity = connector.identity
     assert identity is not None
-    while True:
-        left = identity.lifetime_left()
-        if 0 < left < _RENEW_AT:
-            try:
-                renew(connector)
-            except (LesftError, OSError) as error:
-                log.warning("the certificate cannot be renewed, trying again: %s", error)
-            else:
-                log.warning(
-                    "the certificate for %s was renewed, good until %s UTC",
-                    connector.address,
-                    f"{identity.expires():%Y-%m-%d %H:%M}",
-                )
-        if stop.wait(min(identity.lifetime_seconds() / _CHECKS, _MOST_SECONDS)):
-            return
+    if 0 < identity.lifetime_left() < _RENEW_AT:
+        renew(connector)
+        until = f"{identity.expires():%Y-%m-%d %H:%M}"
+        log.warning(
+            "the certificate for %s was renewed, good until %s UTC", connector.address, until
+        )
+    return min(identity.lifetime_seconds() / _CHECKS, _MOST_SECONDS)
 
 
 def renew(connector: Connector) -> None:
@@ -74,5 +76,5 @@ def renew(connector: Connector) -> None:
             identity_pb2.RenewRequest(certificate_request=request_for(key)),
             timeout=_CALL_SECONDS,
         )
-    certificate = x509.load_der_x509_certificate(response.certificate)
+    certificate = certificate_of(response.certificate, key.public_key())
     identity.replace(KeyPair(key_pem(key), pem(certificate)))

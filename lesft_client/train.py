@@ -15,6 +15,7 @@ from lesft.control import write_endpoints
 from lesft.errors import DataError, InvalidInput, LesftError, ModelError
 from lesft.files import lock_folder, write_atomically
 from lesft.identity.expiry import show_expiry
+from lesft.identity.settings import Service
 from lesft.live import LivePage
 from lesft.logs import note_process
 from lesft.model_card import figures_of
@@ -53,8 +54,12 @@ class TrainCommand:
         self._settings = settings
         self._wire = WireCounter()
         enrol_where_needed(settings.enrol_with, settings.identity)
-        addresses = [address for address in (settings.server, settings.aggregator) if address]
-        self._connectors = {address: Connector(address, settings) for address in addresses}
+        services: dict[str, Service] = {}
+        services |= {settings.server: "server"} if settings.server else {}
+        services |= {settings.aggregator: "aggregator"} if settings.aggregator else {}
+        self._connectors = {
+            address: Connector(address, settings, service) for address, service in services.items()
+        }
         name = own_client_id(settings.client_id, list(self._connectors.values()))
         self._status = Status(name, self._wire)
         self._live = LivePage()

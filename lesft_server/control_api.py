@@ -13,6 +13,9 @@ from lesft_server.metrics import Metrics
 from lesft_server.run import RunState
 from lesft_server.session import Engine
 
+MAX_ROUNDS = 1000
+"""In one answer of GET /v1/rounds."""
+
 
 class RunBody(BaseModel):
     """Answer of GET /v1/run.
@@ -194,8 +197,8 @@ def make_app(engine: Engine, generation: Generation, live: LivePage, metrics: Me
 
     @app.get("/v1/rounds")
     async def get_rounds(first: Annotated[int, Query(ge=0)] = 0) -> list[RoundBody]:
-        """The finished rounds from `first` on."""
-        return [RoundBody(**vars(record)) for record in run.rounds[first:]]
+        """The finished rounds from `first` on, at most 1000: ask on from there."""
+        return [RoundBody(**vars(record)) for record in run.rounds[first : first + MAX_ROUNDS]]
 
     async def snapshot() -> ServerSnapshot:
         return ServerSnapshot(

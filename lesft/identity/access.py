@@ -1,7 +1,8 @@
 """Who may use a control API: bearer tokens (RFC 6750), roles, and what any caller is held to."""
 
+import ipaddress
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -41,8 +42,11 @@ class AccessControl:
         find_token: FindToken | None,
         loopback: bool,
         where_from: str = "who runs the service makes one with its command 'token NAME'",
+        names: Collection[str] = (),
     ) -> None:
         """Without `find_token` no tokens are asked for; `where_from` says who has them.
+
+        `names` are those under which others reach this machine.
 
         `loopback` says that only this machine can connect: then a browser that shows a stranger's
         page must not be able to, either.
@@ -51,6 +55,7 @@ class AccessControl:
         self._find_token = find_token
         self._loopback = loopback
         self._where_from = where_from
+        self._names = names
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """See the ASGI specification."""
@@ -75,10 +80,18 @@ class AccessControl:
         if origin and origin.partition("://")[2] != host:
             raise NotAllowed(f"origin: a page of {origin[:80]!r} may not use this API")
         name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
-        if self._loopback and host and not _is_local(name):
+        if host and not self._may_be_called(name):
             raise NotAllowed(
-                f"host: this API is for this machine, at 127.0.0.1 or localhost, got {name[:80]!r}"
+                "host: without tokens this API is asked for at 127.0.0.1 or localhost, beyond this "
+                f"machine at its numbers or at --public-host, got {name[:80]!r}"
             )
+
+    def _may_be_called(self, name: str) -> bool:
+        """Whether no stranger can have made up this name for our address."""
+        if self._loopback or self._find_token is None:
+            beyond = not self._loopback and (_is_number(name) or name in self._names)
+            return beyond or _is_local(name)
+        return True
 
     def _check_token(self, scope: Any, authorization: bytes) -> None:
         method = scope["method"]
@@ -129,6 +142,14 @@ def _is_local(host: str) -> bool:
         return is_loopback(f"{host}:0")
     except InvalidInput:
         return False
+
+
+def _is_number(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 def _refusal(error: LesftError) -> JSONResponse:

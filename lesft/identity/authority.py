@@ -58,14 +58,9 @@ class Authority:
         """SHA-256 of the certificate's DER: by this, clients know the service again."""
         return hashlib.sha256(der(self._certificate)).digest()
 
-    def certify(
-        self, request: bytes, client_id: str, lifetime: timedelta
-    ) -> tuple[x509.Certificate, str]:
-        """A certificate for a client's request (DER), and its serial number in hex.
-
-        Raises InvalidInput for a request that is none.
-        """
-        certificate = signed(
+    def certify(self, request: bytes, client_id: str, lifetime: timedelta) -> x509.Certificate:
+        """A certificate for a client's request (DER). Raises InvalidInput for one that is none."""
+        return signed(
             self._certificate,
             self._key,
             requested_key(request),
@@ -74,9 +69,8 @@ class Authority:
             for_server=False,
             expires=now() + lifetime,
         )
-        return certificate, serial_of(certificate)
 
-    def server_pair(self, hosts: Sequence[str]) -> KeyPair:
+    def server_pair(self, hosts: Sequence[str], lifetime: timedelta = SERVER_LIFETIME) -> KeyPair:
         """A fresh key and certificate for the service itself, under its fixed name and `hosts`.
 
         Clients that enrolled look for the fixed name: the service may move to another address.
@@ -90,7 +84,7 @@ class Authority:
             self.server_name,
             [_general_name(host) for host in dict.fromkeys([self.server_name, *hosts])],
             for_server=True,
-            expires=now() + SERVER_LIFETIME,
+            expires=now() + lifetime,
         )
         return KeyPair(key_pem(key), pem(certificate))
 

@@ -1,6 +1,7 @@
 """Keys, certificate requests and certificates: X.509 by the `cryptography` package."""
 
 import os
+import secrets
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -12,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from lesft.errors import InvalidInput
-from lesft.files import write_atomically
+from lesft.files import sync_folder
 
 BACKDATED = timedelta(minutes=5)
 """A certificate begins so long before it was made: clocks differ."""
@@ -61,6 +62,14 @@ def private_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise InvalidInput("it is no private key on a curve")
     return key
+
+
+def certificate_of(data: bytes, key: ec.EllipticCurvePublicKey) -> x509.Certificate:
+    """The certificate (DER) of a public key. Raises ValueError when it is none of that key."""
+    certificate = x509.load_der_x509_certificate(data)
+    if certificate.public_key() != key:
+        raise ValueError("the certificate is of another key")
+    return certificate
 
 
 def request_for(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -157,11 +166,19 @@ def common_name(certificate: x509.Certificate) -> str:
 
 def write_private(path: Path, data: bytes) -> None:
     """Write a file that its owner alone may read, also while it is being written."""
-    mask = os.umask(0o077)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        write_atomically(path, data)
-    finally:
-        os.umask(mask)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
 
 
 def private_folder(folder: Path) -> None:

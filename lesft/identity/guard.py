@@ -91,18 +91,19 @@ class CallGuard(grpc.aio.ServerInterceptor):
                     call.task.cancel()
 
     def _error(self, caller: Caller) -> LesftError | None:
-        serial = caller.serial if self._own_authority else None
-        refusal = self._registry.refusal(serial, caller.client_id)
-        if refusal is not None:
-            way_out = " for a new enrolment token" * self._own_authority
-            return NotAllowed(f"{refusal}: ask the operator{way_out}")
+        # This first: certificates that have ended are not kept.
         if caller.expires <= now():
             # To be tried again: a client that has renewed its certificate goes on with that.
             return Unreachable(
                 f"the certificate of client {caller.client_id!r} has expired: connect with the "
                 "renewed one"
             )
-        return None
+        serial = caller.serial if self._own_authority else None
+        refusal = self._registry.refusal(serial, caller.client_id)
+        if refusal is None:
+            return None
+        way_out = " for a new enrolment token" * self._own_authority
+        return NotAllowed(f"{refusal}: ask the operator{way_out}")
 
     @contextmanager
     def _let_in(self, context: Context) -> Iterator[_Call]:

@@ -11,7 +11,7 @@ from typing import Any
 from cryptography import x509
 
 from lesft.channel import check_open, split_address
-from lesft.errors import NotAuthenticated, Unreachable, error_for_http
+from lesft.errors import NotAuthenticated, Unreachable, error_for_http, one_line
 from lesft.identity.certificates import der
 
 _TIMEOUT_SECONDS = 20
@@ -91,7 +91,7 @@ class ControlClient:
         if status != 503:
             _checked(self._address, (status, answer))
             return ""
-        return answer.decode(errors="replace").strip()
+        return one_line(answer.decode(errors="replace"))
 
     def _ask(self, method: str, path: str, body: bytes | None) -> _Answer:
         return _exchange(
@@ -167,7 +167,7 @@ def _checked(address: str, answered: _Answer) -> bytes:
         return answer
     try:
         body = json.loads(answer)
-        name, message = str(body["error"]), str(body["message"])
+        name, message = str(body["error"]), one_line(str(body["message"]))
     except (ValueError, TypeError, KeyError):
         name, message = "", f"answered with HTTP status {status}"
     raise error_for_http(name, status)(f"{address}: {message}")

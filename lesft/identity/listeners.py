@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from grpc_health.v1 import health
 from starlette.types import ASGIApp
 
-from lesft.channel import bind, check_open, is_loopback, make_server
+from lesft.channel import bind, check_open, is_loopback, make_server, split_address
 from lesft.control import ControlServer
 from lesft.identity.access import AccessControl
 from lesft.identity.enrolment_api import add_enrolment_routes
@@ -28,7 +28,7 @@ def grpc_server(
     if security is None:
         return make_server(names, more, on_refused)
     server, health_servicer = make_server(
-        [*names, SERVICE_NAME], [security.guard, *more], on_refused
+        [*names, SERVICE_NAME], [*more, security.guard], on_refused
     )
     add_IdentityServiceServicer_to_server(IdentityService(security), server)
     return server, health_servicer
@@ -55,7 +55,8 @@ def control_server(
     `counted` goes around all of it, to count what was refused.
     """
     if security is None:
-        guarded = AccessControl(app, None, loopback=is_loopback(settings.control))
+        names = (settings.public_host, split_address(settings.control)[0])
+        guarded = AccessControl(app, None, is_loopback(settings.control), names=names)
         return ControlServer(counted(guarded), settings.insecure)
     add_enrolment_routes(app, security)
     guarded = AccessControl(app, security.find_token, loopback=False)

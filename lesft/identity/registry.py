@@ -8,14 +8,22 @@ import hashlib
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lesft.errors import InvalidInput, NotAuthenticated, NotFound
+from cryptography import x509
+
+from lesft.errors import Busy, InvalidInput, NotAllowed, NotAuthenticated, NotFound
 from lesft.identity.certificates import private_folder
+
+Certify = Callable[[str], x509.Certificate]
+"""Makes a certificate for a client's id."""
+
+_MAX_CERTIFICATES = 50
+"""Of one client that are good at once; it needs two."""
 
 Role = Literal["viewer", "operator"]
 """viewer may look at everything, operator may also give orders."""
@@ -44,6 +52,10 @@ CREATE TABLE IF NOT EXISTS access_tokens (
     expires REAL NOT NULL
 );
 """
+
+
+def _connect(file: Path) -> sqlite3.Connection:
+    return sqlite3.connect(file, isolation_level=None, timeout=10, check_same_thread=False)
 
 
 @dataclass(frozen=True)
@@ -81,14 +93,20 @@ class Registry:
         Raises InvalidInput when it is not ours.
         """
         private_folder(file.parent)
-        self._lock = threading.Lock()
-        self._db = sqlite3.connect(file, isolation_level=None, timeout=10, check_same_thread=False)
+        self._file = file
+        self._lock, self._reading = threading.Lock(), threading.Lock()
+        self._db, self._reader = _connect(file), _connect(file)
         try:
             file.chmod(0o600)
+            # A reader holds nobody up, such as a copy that is being made to a slow disk.
+            self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.executescript(_SCHEMA)
+        except sqlite3.OperationalError as error:
+            self.close()
+            raise Busy(f"{file} cannot be opened now ({error}): try again") from None
         except sqlite3.DatabaseError as error:
-            self._db.close()
+            self.close()
             raise InvalidInput(
                 f"{file} cannot be used ({error}): bring it back from a copy, or delete it and "
                 "enrol every client anew"
@@ -96,8 +114,9 @@ class Registry:
 
     def close(self) -> None:
         """Close the file."""
-        with self._lock:
+        with self._lock, self._reading:
             self._db.close()
+            self._reader.close()
 
     # ------------------------------------------------------------------ clients
 
@@ -110,8 +129,8 @@ class Registry:
                 (_sha256(secret), client_id, expires),
             )
 
-    def redeem(self, secret: bytes, public_key: bytes) -> str:
-        """Use an invitation for a public key (DER); returns the client's id.
+    def enrol(self, secret: bytes, public_key: bytes, certify: Certify) -> x509.Certificate:
+        """Use an invitation for a public key (DER); returns the certificate.
 
         The same key may come again, since an answer can get lost; another one may not. A client
         that was revoked is welcome again. Raises NotAuthenticated.
@@ -122,34 +141,28 @@ class Registry:
                 "SELECT client_id, expires, key_sha256 FROM invitations WHERE secret_sha256 = ?",
                 (_sha256(secret),),
             ).fetchone()
-            if row is None:
-                raise NotAuthenticated(
-                    "this enrolment token is not known here: ask the operator for another one"
-                )
-            client_id, expires, used_for = row
-            if used_for not in (None, key):
-                raise NotAuthenticated(
-                    f"the enrolment token of client {client_id!r} was used before: if that was not "
-                    "you, tell the operator at once to revoke the client; ask for another token"
-                )
-            if expires < time.time():
-                raise NotAuthenticated(
-                    f"the enrolment token of client {client_id!r} has expired: ask the operator "
-                    "for another one"
-                )
+            client_id = _invited(row, key)
             db.execute(
                 "UPDATE invitations SET key_sha256 = ? WHERE secret_sha256 = ?",
                 (key, _sha256(secret)),
             )
             db.execute("DELETE FROM revoked_clients WHERE client_id = ?", (client_id,))
-        return str(client_id)
+            return _hand_out(db, client_id, certify)
 
-    def add_certificate(self, serial: str, client_id: str, expires: float) -> None:
-        """Note a certificate before it is handed out."""
+    def renew(self, serial: str, client_id: str, certify: Certify) -> x509.Certificate:
+        """Another certificate for a client that has shown the one with this serial number.
+
+        In one transaction: a client that is being revoked gets none. Raises NotAllowed, Busy.
+        """
         with self._transaction() as db:
-            db.execute(
-                "INSERT INTO certificates VALUES (?, ?, ?, NULL)", (serial, client_id, expires)
-            )
+            row = db.execute(
+                "SELECT 1 FROM certificates WHERE serial = ? AND revoked IS NULL AND NOT EXISTS "
+                "(SELECT 1 FROM revoked_clients WHERE client_id = ?)",
+                (serial, client_id),
+            ).fetchone()
+            if row is None:
+                raise NotAllowed(f"client {client_id!r} was revoked")
+            return _hand_out(db, client_id, certify)
 
     def refusal(self, serial: str | None, client_id: str) -> str | None:
         """Why a client is not let in, None when it is; `serial` of our own certificates only."""
@@ -197,12 +210,17 @@ class Registry:
         db.execute("DELETE FROM invitations WHERE client_id = ?", (client_id,))
 
     def clients(self) -> list[EnrolledClient]:
-        """All clients that have had a certificate, by name."""
+        """All clients that have had a certificate or were refused, by name."""
         rows = self._all(
-            "SELECT client_id, max(expires), min(revoked IS NOT NULL) FROM certificates "
-            "GROUP BY client_id ORDER BY client_id"
+            "SELECT client_id, max(expires), min(revoked IS NOT NULL) FROM ("
+            "SELECT client_id, expires, revoked FROM certificates UNION ALL "
+            "SELECT client_id, revoked, revoked FROM revoked_clients) GROUP BY client_id"
         )
-        return [EnrolledClient(name, expires, bool(revoked)) for name, expires, revoked in rows]
+        refused = {name for (name,) in self._all("SELECT client_id FROM revoked_clients")}
+        return [
+            EnrolledClient(name, expires, bool(revoked) or name in refused)
+            for name, expires, revoked in rows
+        ]
 
     def invitations(self) -> list[Invitation]:
         """Those that can still be used."""
@@ -253,21 +271,66 @@ class Registry:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
             try:
+                self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+                self._db.execute("COMMIT")
+            except sqlite3.OperationalError as error:
+                raise Busy(
+                    f"the registry in {self._file.parent} cannot be written now ({error}): try "
+                    "again; if that does not help, see whether the disk is full"
+                ) from None
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
 
     def _one(self, query: str, *values: Any) -> Any:
-        with self._lock:
-            return self._db.execute(query, values).fetchone()
+        with self._reading:
+            return self._reader.execute(query, values).fetchone()
 
     def _all(self, query: str, *values: Any) -> list[Any]:
-        with self._lock:
-            return self._db.execute(query, values).fetchall()
+        with self._reading:
+            return self._reader.execute(query, values).fetchall()
+
+
+def _invited(row: Any, key: str) -> str:
+    """The client of an invitation that can be used for a key. Raises NotAuthenticated."""
+    if row is None:
+        raise NotAuthenticated(
+            "this enrolment token is not known here: ask the operator for another one"
+        )
+    client_id, expires, used_for = row
+    if used_for not in (None, key):
+        raise NotAuthenticated(
+            f"the enrolment token of client {client_id!r} was used before: if that was not you, "
+            "tell the operator at once to revoke the client; ask for another token"
+        )
+    if expires < time.time():
+        raise NotAuthenticated(
+            f"the enrolment token of client {client_id!r} has expired: ask the operator for "
+            "another one"
+        )
+    return str(client_id)
+
+
+def _hand_out(db: sqlite3.Connection, client_id: str, certify: Certify) -> x509.Certificate:
+    """Make a certificate and note it before it is handed out."""
+    db.execute(
+        "DELETE FROM certificates WHERE client_id = ? AND expires < ?", (client_id, time.time())
+    )
+    (good,) = db.execute(
+        "SELECT count(*) FROM certificates WHERE client_id = ? AND revoked IS NULL", (client_id,)
+    ).fetchone()
+    if good >= _MAX_CERTIFICATES:
+        raise Busy(
+            f"client {client_id!r} has {good} certificates that are good: it gets another one when "
+            "the oldest has ended"
+        )
+    certificate = certify(client_id)
+    expires = certificate.not_valid_after_utc.timestamp()
+    serial = f"{certificate.serial_number:x}"
+    db.execute("INSERT INTO certificates VALUES (?, ?, ?, NULL)", (serial, client_id, expires))
+    return certificate
 
 
 def _sha256(secret: bytes) -> str:

@@ -17,13 +17,14 @@ from lesft.identity.authority import SERVER_LIFETIME, Authority
 from lesft.identity.caller import Caller
 from lesft.identity.certificates import (
     KeyPair,
+    common_name,
     now,
     public_bytes,
     requested_key,
     write_private,
 )
 from lesft.identity.guard import CallGuard
-from lesft.identity.registry import AccessToken, Registry
+from lesft.identity.registry import AccessToken, Certify, Registry
 from lesft.identity.settings import SecuritySettings, Service
 from lesft.identity.ticket import ACCESS_PREFIX, read_ticket
 
@@ -142,22 +143,21 @@ class Security:
         where certificates are a site's own.
         """
         authority = self._own_authority()
-        client_id = self.registry.redeem(secret, public_bytes(requested_key(request)))
-        log.info("client %s has enrolled", client_id)
-        return self._certify(authority, request, client_id)
+        key = public_bytes(requested_key(request))
+        certificate = self.registry.enrol(secret, key, self._certifying(authority, request))
+        log.info("client %s has enrolled", common_name(certificate))
+        return certificate
 
     def renew(self, caller: Caller | None, request: bytes) -> x509.Certificate:
         """Another certificate for a client that has shown one. Raises as `enrol` does."""
         if caller is None:
             raise NotAuthenticated("connections are not encrypted here: there is nothing to renew")
-        return self._certify(self._own_authority(), request, caller.client_id)
+        certifying = self._certifying(self._own_authority(), request)
+        return self.registry.renew(caller.serial, caller.client_id, certifying)
 
-    def _certify(self, authority: Authority, request: bytes, client_id: str) -> x509.Certificate:
+    def _certifying(self, authority: Authority, request: bytes) -> Certify:
         lifetime = timedelta(hours=self._settings.certificate_hours)
-        certificate, serial = authority.certify(request, client_id, lifetime)
-        expires = certificate.not_valid_after_utc.timestamp()
-        self.registry.add_certificate(serial, client_id, expires)
-        return certificate
+        return lambda client_id: authority.certify(request, client_id, lifetime)
 
     def _own_authority(self) -> Authority:
         if self.authority is None:
@@ -200,8 +200,8 @@ class Security:
 
     def _serve_with(self, serving: _Serving) -> None:
         if serving != self._serving:
-            self._serving = serving
             serving.load_into(self._http)
+            self._serving = serving
             log.info("a new certificate is in use, good until %s", serving.pair.expires)
 
     def _grpc_configuration(self) -> grpc.ServerCertificateConfiguration:

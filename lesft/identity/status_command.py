@@ -75,6 +75,8 @@ def table(rows: Table) -> str:
 
 
 def _read(path: Path) -> str:
+    if path.name.startswith(ACCESS_PREFIX):
+        raise InvalidInput("--token is a file with the token, or - for standard input, not itself")
     try:
         return path.expanduser().read_text()
     except (OSError, ValueError) as error:

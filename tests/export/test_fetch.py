@@ -117,7 +117,9 @@ def test_a_server_writes_a_half_of_an_older_lesft_anew(trained: Trained) -> None
 def test_before_the_last_round_there_is_nothing_to_fetch(trained: Trained, tmp_path: Path) -> None:
     settings = trained.settings(share_adapter=True).model_copy(update={"state": tmp_path})
     with running_server(settings) as server, pytest.raises(OutOfOrder) as caught:
-        fetch_back(Connector(server.grpc, ConnectionSettings()), 5, load_half(trained.client))
+        fetch_back(
+            Connector(server.grpc, ConnectionSettings(), "server"), 5, load_half(trained.client)
+        )
     assert str(caught.value) == (
         f"server {server.grpc}: the run is not finished: 0 of 1 rounds are done; ask again after "
         "the last one"

@@ -76,7 +76,7 @@ class RunningAggregator:
     def enrol(self, folder: Path, client_id: str = "a") -> Connector:
         """A device that has enrolled, and its way to connect."""
         enrol_with(self.invite(client_id), folder)
-        return Connector(self.grpc, ConnectionSettings(identity=folder))
+        return Connector(self.grpc, ConnectionSettings(identity=folder), "aggregator")
 
     def identity(self, folder: Path) -> Identity:
         found = Identities(folder).find(self.grpc)
@@ -122,7 +122,7 @@ def secure_aggregator(state: Path, **options: Any) -> Iterator[RunningAggregator
 def certified(authority: Authority, client_id: str, lifetime: timedelta) -> KeyPair:
     """A key with a certificate of an authority, made without the service's knowing."""
     key = new_key()
-    certificate, _ = authority.certify(request_for(key), client_id, lifetime)
+    certificate = authority.certify(request_for(key), client_id, lifetime)
     return KeyPair(key_pem(key), pem(certificate))
 
 

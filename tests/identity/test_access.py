@@ -55,8 +55,11 @@ def test_a_name_that_leads_here_by_a_strangers_wish_is_refused(host: str) -> Non
     """DNS rebinding: the reader's browser takes the page of evil.example for one of ours."""
     refused = ask("GET", "/v1/run", host)
     assert refused.status_code == 403
-    assert refused.json()["message"].startswith("host: this API is for this machine")
-    assert ask("GET", "/v1/run", host, loopback=False).status_code == 200
+    assert refused.json()["message"].startswith("host: without tokens this API is asked for at")
+    assert ask("GET", "/v1/run", host, loopback=False).status_code == 403  # as with --insecure
+    assert ask("GET", "/v1/run", "10.0.0.1:8051", loopback=False).status_code == 200
+    with_tokens = ask("GET", "/v1/run", host, lambda text: None, loopback=False)
+    assert with_tokens.status_code == 401
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:9999"])

@@ -1,5 +1,6 @@
 """The operator's commands and the device's, as they are typed, and what they say."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from lesft.errors import NotAuthenticated
+from lesft.errors import InvalidInput, NotAuthenticated
 from lesft.identity.ticket import ACCESS_PREFIX, read_ticket
 from lesft_aggregator.main import main as aggregator_main
+from lesft_client.connection_settings import ConnectionSettings
+from lesft_client.connector import Connector
 from lesft_client.enrol import enrol_where_needed, enrol_with
 from lesft_client.identities import Identities
 from lesft_client.main import main as client_main
@@ -144,6 +147,37 @@ def test_tokens_in_files_enrol_once_and_again_when_they_are_new(
     assert enrolled_with(first_token) == second  # used: what is there stays
     service.revoke("by-itself")
     assert enrolled_with(service.invite("by-itself").text()) != second
+
+
+def test_a_token_of_one_service_does_not_take_anothers_place(
+    service: RunningAggregator, tmp_path: Path
+) -> None:
+    folder = tmp_path / "identity"
+    enrol_with(service.invite("a"), folder)
+    before = service.identity(folder).pair_file.read_bytes()
+    with secure_aggregator(tmp_path / "other") as other:
+        lure = dataclasses.replace(other.invite("a"), address=service.grpc)
+        with pytest.raises(InvalidInput, match="has enrolled with another aggregator at"):
+            enrol_with(lure, folder)
+        assert service.identity(folder).pair_file.read_bytes() == before
+        enrol_with(lure, folder, replace=True)
+        assert service.identity(folder).pair_file.read_bytes() != before
+        for address in ("..", "", "nowhere"):
+            with pytest.raises(InvalidInput, match="an address must be HOST:PORT"):
+                enrol_with(dataclasses.replace(other.invite("a"), address=address), folder)
+    with pytest.raises(InvalidInput, match="is an aggregator that this device has enrolled with"):
+        Connector(service.grpc, ConnectionSettings(identity=folder), "server")
+
+
+def test_enrolling_that_a_power_cut_ended_can_be_begun_again(
+    service: RunningAggregator, tmp_path: Path
+) -> None:
+    ticket, folder = service.invite("cut-off"), tmp_path / "identity"
+    enrol_with(ticket, folder)
+    facts = service.identity(folder).pair_file.with_name("identity.json")
+    facts.unlink()
+    assert Identities(folder).find(service.grpc) is None
+    assert enrol_with(service.invite("cut-off"), folder).client_id == "cut-off"
 
 
 def test_what_is_no_token_is_not_repeated(tmp_path: Path, capsys: Capture) -> None:

@@ -56,7 +56,7 @@ def with_identity(service: RunningAggregator, folder: Path, pair: KeyPair) -> Co
     """A device whose folder holds what some authority gave it for this service."""
     facts = Facts("aggregator", service.grpc, "lesft-aggregator", "a")
     Identities(folder).add(facts, service.authority.certificate_pem, pair)
-    return Connector(service.grpc, ConnectionSettings(identity=folder))
+    return Connector(service.grpc, ConnectionSettings(identity=folder), "aggregator")
 
 
 # ---------------------------------------------------------------------- connections
@@ -79,7 +79,7 @@ def test_a_device_that_has_not_enrolled_is_told_how_to(
     service: RunningAggregator, tmp_path: Path
 ) -> None:
     with pytest.raises(NotAuthenticated, match="lets in only devices that have enrolled"):
-        Connector(service.grpc, ConnectionSettings(identity=tmp_path)).open()
+        Connector(service.grpc, ConnectionSettings(identity=tmp_path), "aggregator").open()
 
 
 def test_a_certificate_of_another_authority_is_refused(
@@ -123,7 +123,9 @@ def test_a_service_of_another_authority_is_not_trusted(
     another = Authority(tmp_path / "another", "aggregator")
     facts = Facts("aggregator", service.grpc, "lesft-aggregator", "a")
     Identities(tmp_path / "identity").add(facts, another.certificate_pem, pair)
-    connector = Connector(service.grpc, ConnectionSettings(identity=tmp_path / "identity"))
+    connector = Connector(
+        service.grpc, ConnectionSettings(identity=tmp_path / "identity"), "aggregator"
+    )
     with pytest.raises(NotAuthenticated, match="is not the service that this device has enrolled"):
         connector.open()
 

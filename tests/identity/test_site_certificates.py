@@ -65,7 +65,7 @@ def service(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
 
 
 def test_the_common_name_is_the_clients_id(site: Site, service: RunningAggregator) -> None:
-    connector = Connector(service.grpc, site.connection("ward-3"))
+    connector = Connector(service.grpc, site.connection("ward-3"), "aggregator")
     assert connector.client_id == "ward-3"
     assert join(connector.open(), "ward-3").clients == 9
     with pytest.raises(NotAllowed, match="the certificate says 'ward-3', the message 'ward-4'"):
@@ -75,11 +75,11 @@ def test_the_common_name_is_the_clients_id(site: Site, service: RunningAggregato
 def test_a_name_that_no_client_can_have_is_refused(site: Site, service: RunningAggregator) -> None:
     settings = site.connection("Ward 3")
     with pytest.raises(NotAuthenticated, match="common name is the client's id and must be"):
-        join(Connector(service.grpc, settings).open(), "Ward 3")
+        join(Connector(service.grpc, settings, "aggregator").open(), "Ward 3")
 
 
 def test_a_client_of_the_site_can_be_shut_out(site: Site, service: RunningAggregator) -> None:
-    connector = Connector(service.grpc, site.connection("gone"))
+    connector = Connector(service.grpc, site.connection("gone"), "aggregator")
     assert join(connector.open(), "gone").clients == 9
     revoke(RevokeSettings(client="gone", state=service.state))
     with pytest.raises(NotAllowed, match="client 'gone' was revoked"):
