@@ -4,6 +4,7 @@ sender the sequence, and nobody else anything. And who gets room for a sequence,
 
 import asyncio
 import logging
+import re
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -607,7 +608,8 @@ def test_bad_input_ends_its_senders_sequence_and_nothing_else(
         assert other.token_ids(*step(1, 3, wanted=3)) == expected[5:]
         assert other.close() == []
         mid_run.wait_until_taken(0, 0)
-    assert log_of_ours(caplog) == []
+    # What it sent is nowhere, and who sends it again and again fills no log.
+    assert re.fullmatch(r"(a call of Generate ended with \w+)?", "\n".join(log_of_ours(caplog)))
     assert_run_goes_on(mid_run)
 
 
