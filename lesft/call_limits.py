@@ -1,6 +1,5 @@
 """What one client may have under way at a service, so that it does not stand in others' way."""
 
-import inspect
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -10,6 +9,7 @@ from typing import Any
 
 import grpc
 
+from lesft.call_interceptor import CallInterceptor
 from lesft.errors import Busy
 from lesft.identity.caller import caller_of
 from lesft.limit_settings import CallLimits
@@ -37,7 +37,7 @@ class _Bucket:
     at: float
 
 
-class CallLimiter(grpc.aio.ServerInterceptor):
+class CallLimiter(CallInterceptor):
     """Refuses calls over the limits with Busy. `name_of` tells the callers apart.
 
     A call whose answers nobody reads counts as long as its client keeps it: gRPC's Python server
@@ -62,22 +62,6 @@ class CallLimiter(grpc.aio.ServerInterceptor):
     def under_way(self) -> int:
         """Calls of all clients."""
         return self._under_way.total()
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """See grpc.aio."""
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        requests = "stream" if handler.request_streaming else "unary"
-        responses = "stream" if handler.response_streaming else "unary"
-        behaviour = getattr(handler, f"{requests}_{responses}")
-        wrap = self._generating if inspect.isasyncgenfunction(behaviour) else self._awaiting
-        make = getattr(grpc, f"{requests}_{responses}_rpc_method_handler")
-        return make(wrap(behaviour), handler.request_deserializer, handler.response_serializer)
 
     # ------------------------------------------------------------------ who may come
 

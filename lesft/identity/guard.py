@@ -1,7 +1,6 @@
 """Lets calls in by the client's certificate, and ends those whose certificate stops being good."""
 
 import asyncio
-import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -9,8 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
-
+from lesft.call_interceptor import CallInterceptor
 from lesft.errors import LesftError, NotAllowed, Unreachable
 from lesft.identity.caller import Caller, Context, caller_of
 from lesft.identity.certificates import now
@@ -45,7 +43,7 @@ class _Call:
     checks_left: int = _CHECKS_WHILE_SENDING
 
 
-class CallGuard(grpc.aio.ServerInterceptor):
+class CallGuard(CallInterceptor):
     """Every call of every service on an encrypted listener goes through here."""
 
     def __init__(self, registry: Registry, own_authority: bool) -> None:
@@ -53,22 +51,6 @@ class CallGuard(grpc.aio.ServerInterceptor):
         self._registry = registry
         self._own_authority = own_authority
         self._calls: set[_Call] = set()
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """See grpc.aio."""
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        requests = "stream" if handler.request_streaming else "unary"
-        responses = "stream" if handler.response_streaming else "unary"
-        behaviour = getattr(handler, f"{requests}_{responses}")
-        wrap = self._generating if inspect.isasyncgenfunction(behaviour) else self._awaiting
-        make = getattr(grpc, f"{requests}_{responses}_rpc_method_handler")
-        return make(wrap(behaviour), handler.request_deserializer, handler.response_serializer)
 
     async def watch(self) -> None:
         """End calls whose client is revoked or whose certificate has expired; runs for ever."""
