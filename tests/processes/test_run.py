@@ -246,7 +246,8 @@ def test_clients_that_cannot_begin_say_why(run: Launcher) -> None:
     alone = run.start_client("b", nobody, addresses[1], patience_seconds=1)
 
     assert failure(malformed)[-1].startswith("lesft-client: bad.jsonl:2: is not JSON: ")
-    *again, last = failure(alone)
+    watch, *again, last = failure(alone)
+    assert watch.startswith("to watch: http://127.0.0.1:")
     assert again
     assert all(line.startswith(f"server {nobody}: ") for line in again)
     assert all("; trying again in 0." in line for line in again)
