@@ -16,7 +16,8 @@ ENV PIP_FIND_LINKS=/wheels PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # With no packages beside it, pyproject.toml makes an empty LESFT and brings what that needs: this
 # layer outlives changes of the source.
 RUN --mount=type=bind,source=docker/wheels,target=/wheels touch README.md LICENSE \
-    && python3 -m pip --python /opt/lesft/bin/python install -c constraints.txt '.[aggregator]'
+    && python3 -m pip --python /opt/lesft/bin/python install -c constraints.txt '.[aggregator]' \
+    && find /opt/lesft -path '*/numpy/*' -type d -name tests -prune -exec rm -r {} +
 
 FROM dependencies AS package
 COPY README.md LICENSE ./
