@@ -56,8 +56,9 @@ class AggregationService(AggregationServiceServicer):
         """Takes a client in."""
         check_acts_for_itself(context, request.client_id)
         client = Introduction(request.client_id, request.run_id, request.num_samples)
-        # A client's word on what the run is counts only where the server's is not to be had.
-        fingerprint = "" if self._verifier else request.run_fingerprint
+        # A client's word on what the run is does not count before the server's is there.
+        settled = self._verifier is None or self._rounds.run_fingerprint
+        fingerprint = request.run_fingerprint if settled else ""
         version = await self._rounds.join(request.protocol_version, client, fingerprint)
         return pb.JoinResponse(
             version=version,

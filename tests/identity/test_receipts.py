@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lesft.errors import InvalidInput, NotAllowed
+from lesft.errors import HandshakeMismatch, InvalidInput, NotAllowed
 from lesft.identity.attestation import KEY_PREFIX, Attester, Verifier
 from lesft.v1 import aggregation_pb2 as pb
 from lesft.v1.receipt_pb2 import Receipt, Statement
@@ -105,6 +105,9 @@ def test_only_what_the_server_vouches_for_is_averaged_and_after_a_restart_too(
     settings = settings_for(tmp_path / "aggregator", server_key=attester.public_key)
 
     async def first(aggregator: Aggregator, caller: Caller, addresses: Any) -> None:
+        # Who comes first with something made up locks nobody out.
+        await caller.join("b", run_fingerprint="sha256:made up")
+        await caller.join("a", run_fingerprint="sha256:run")
         receipt = vouched(attester)
         refused: Callable[[Awaitable[Any]], Awaitable[Any]] = error_of
         without = await refused(caller.submit("a"))
@@ -126,6 +129,10 @@ def test_only_what_the_server_vouches_for_is_averaged_and_after_a_restart_too(
             caller.submit("a", base_version=1, receipt=vouched(attester))  # the one of version 0
         )
         assert isinstance(again, NotAllowed)
+        # A client that is started again joins again; one of another run does not.
+        await caller.join("a", run_fingerprint="sha256:run")
+        stranger = await error_of(caller.join("a", run_fingerprint="sha256:other"))
+        assert isinstance(stranger, HandshakeMismatch)
 
     run_aggregator(settings, first)
     run_aggregator(settings, second)
