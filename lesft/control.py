@@ -111,6 +111,13 @@ def _error(
     return JSONResponse(body.model_dump(), status, headers)
 
 
+def https_context() -> ssl.SSLContext:
+    """TLS for a listener of ours; it needs a certificate yet."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
 class ControlServer:
     """Serves an app over HTTP, on the caller's event loop or in a thread of its own.
 

@@ -19,6 +19,10 @@ PROTOCOL_VERSION = 3
 CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 """What a client's name may be."""
 
+MAX_NUM_SAMPLES = 1 << 40
+"""More samples than any data set has: a client that claimed more would have all the weight, and
+sums of more would not stay exact in 64 bits."""
+
 
 class _Spec(BaseModel):
     # A number that is not finite passes no JSON, and NaN passes many a bound.

@@ -4,11 +4,8 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from lesft.errors import HandshakeMismatch, InvalidInput
-from lesft.spec import CLIENT_ID, PROTOCOL_VERSION
+from lesft.spec import CLIENT_ID, MAX_NUM_SAMPLES, PROTOCOL_VERSION
 from lesft_aggregator.adapters import shown
-
-MAX_NUM_SAMPLES = 1 << 40
-"""More samples than any data set has; sums of them stay exact in the database's 64 bits."""
 
 
 class Introduction(NamedTuple):

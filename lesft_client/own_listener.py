@@ -9,7 +9,7 @@ from datetime import timedelta
 from starlette.types import ASGIApp
 
 from lesft.channel import is_any, is_loopback, split_address
-from lesft.control import ControlServer
+from lesft.control import ControlServer, https_context
 from lesft.errors import InvalidInput
 from lesft.identity.access import AccessControl, FindToken
 from lesft.identity.authority import Authority
@@ -72,8 +72,7 @@ def _own_context(settings: TrainSettings) -> ssl.SSLContext:
     )
     file = folder / "listener.pem"
     write_private(file, pair.key_pem + pair.certificate_pem)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context = https_context()
     context.load_cert_chain(file)
     return context
 
@@ -100,8 +99,7 @@ def listener_context(settings: ListenerSettings, address: str) -> ssl.SSLContext
                 "accept that anyone on the way can read everything with --listener-insecure"
             )
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context = https_context()
     try:
         context.load_cert_chain(settings.listener_certificate, settings.listener_key)
     except (OSError, ValueError) as error:

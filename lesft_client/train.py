@@ -54,11 +54,14 @@ class TrainCommand:
         self._settings = settings
         self._wire = WireCounter()
         enrol_where_needed(settings.enrol_with, settings.identity)
-        services: dict[str, Service] = {}
-        services |= {settings.server: "server"} if settings.server else {}
-        services |= {settings.aggregator: "aggregator"} if settings.aggregator else {}
+        services: dict[str, Service] = {
+            settings.server: "server",
+            settings.aggregator: "aggregator",
+        }
         self._connectors = {
-            address: Connector(address, settings, service) for address, service in services.items()
+            address: Connector(address, settings, service)
+            for address, service in services.items()
+            if address
         }
         name = own_client_id(settings.client_id, list(self._connectors.values()))
         self._status = Status(name, self._wire)

@@ -420,11 +420,12 @@ class Cohort:
         ends_round = key.micro == spec.accumulation - 1
         if not ends_round or not spec.aggregates_after(key.round):
             return {}
+        fingerprint = spec.fingerprint_of_clients()
         return {
             name: self._attester.receipt(
                 receipt_pb2.Statement(
                     run_id=spec.run_id,
-                    run_fingerprint=spec.fingerprint_of_clients(),
+                    run_fingerprint=fingerprint,
                     client_id=name,
                     base_version=spec.aggregations_before(key.round),
                     rounds=key.round + 1,

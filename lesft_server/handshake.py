@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from lesft.errors import HandshakeMismatch, InvalidInput
 from lesft.inference_messages import MAX_TOP_LOGITS, sampling_from_message
 from lesft.micro_batch import StepKey
-from lesft.spec import CLIENT_ID, PROTOCOL_VERSION, RunSpec
+from lesft.spec import CLIENT_ID, MAX_NUM_SAMPLES, PROTOCOL_VERSION, RunSpec
 from lesft.spec_messages import encoding_name
 from lesft.v1 import inference_pb2, training_pb2
 from lesft_server.generation import SequenceOptions
@@ -15,9 +15,6 @@ MAX_INSTANCE_ID = 64
 
 MAX_CHECKPOINTS = 64
 """Checkpoints that a client may name; it keeps two."""
-
-MAX_NUM_SAMPLES = 1 << 40
-"""More samples than any data set has: a client that claims more would have all the weight."""
 
 _MAX_SHOWN = 200
 """Characters of what a client has sent that a refusal repeats."""

@@ -1,5 +1,6 @@
 """Who calls: the name in the client's certificate, never what a message or an address says."""
 
+import functools
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -31,8 +32,11 @@ def caller_of(context: Context) -> Caller | None:
     can have.
     """
     pem = next(iter(context.auth_context().get("x509_pem_cert", ())), None)
-    if pem is None:
-        return None
+    return None if pem is None else _read(pem)
+
+
+@functools.lru_cache(maxsize=1024)  # guard, limits and handler ask, at each call
+def _read(pem: bytes) -> Caller:
     certificate = x509.load_pem_x509_certificate(pem)
     client_id = common_name(certificate)
     if not CLIENT_ID.fullmatch(client_id):

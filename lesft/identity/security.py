@@ -12,6 +12,7 @@ import grpc
 from cryptography import x509
 
 from lesft.channel import is_any, is_loopback, split_address
+from lesft.control import https_context
 from lesft.errors import InvalidInput, NotAuthenticated
 from lesft.identity.authority import SERVER_LIFETIME, Authority
 from lesft.identity.caller import Caller
@@ -84,8 +85,7 @@ class Security:
         else:
             self._serving = _site_files(settings)
         self.guard = CallGuard(self.registry, own_authority=self.authority is not None)
-        self._http = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._http.minimum_version = ssl.TLSVersion.TLSv1_2
+        self._http = https_context()
         self._serving.load_into(self._http)
         self._tasks: list[asyncio.Task[None]] = []
         own = f"authority sha256:{self.authority.sha256.hex()}" if self.authority else "site's own"
@@ -222,7 +222,7 @@ def _site_files(settings: SecuritySettings) -> _Serving:
         authority = settings.client_authority.read_bytes()
         x509.load_pem_x509_certificates(authority)
         serving = _Serving(pair, authority, settings.certificate, settings.certificate_key)
-        serving.load_into(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+        serving.load_into(https_context())
     except (OSError, ValueError) as error:
         raise InvalidInput(
             f"--certificate, --certificate-key and --client-authority must be PEM files, and the "

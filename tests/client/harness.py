@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,17 @@ from tests.harness import RunningServer
 
 @contextmanager
 def running_aggregator(state: Path, clients: int = 1) -> Iterator[str]:
-    """An aggregator on an event loop in a thread of its own; gives its gRPC address."""
+    """An aggregator in this process; gives its gRPC address."""
     settings = AggregatorSettings(
         state=state, clients=clients, listen="127.0.0.1:0", control="127.0.0.1:0"
     )
+    with aggregator_of(settings) as (_, endpoints):
+        yield endpoints["grpc"]
+
+
+@contextmanager
+def aggregator_of(settings: AggregatorSettings) -> Iterator[tuple[Aggregator, Mapping[str, str]]]:
+    """An aggregator on an event loop in a thread of its own, and its endpoints."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -34,7 +41,7 @@ def running_aggregator(state: Path, clients: int = 1) -> Iterator[str]:
     try:
         aggregator = on_loop(make())
         try:
-            yield on_loop(aggregator.start())["grpc"]
+            yield aggregator, on_loop(aggregator.start())
         finally:
             on_loop(aggregator.stop("the test is over"))
     finally:

@@ -1,8 +1,6 @@
 """Services that encrypt, the operator's commands on them, and devices that enrol."""
 
-import asyncio
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from lesft_client.connection_settings import ConnectionSettings
 from lesft_client.connector import Connector
 from lesft_client.enrol import enrol_with
 from lesft_client.identities import Identities, Identity
+from tests.client.harness import aggregator_of
 
 
 @dataclass
@@ -34,7 +33,6 @@ class RunningAggregator:
 
     aggregator: Aggregator
     state: Path
-    loop: asyncio.AbstractEventLoop
 
     @property
     def endpoints(self) -> dict[str, str]:
@@ -96,27 +94,8 @@ def secure_aggregator(state: Path, **options: Any) -> Iterator[RunningAggregator
         "heartbeat_seconds": 0.2,
     }
     settings = AggregatorSettings(**{**values, **options})
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-
-    def on_loop(coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(30)
-
-    async def make() -> Aggregator:
-        return Aggregator(settings)
-
-    try:
-        aggregator = on_loop(make())
-        try:
-            on_loop(aggregator.start())
-            yield RunningAggregator(aggregator, state, loop)
-        finally:
-            on_loop(aggregator.stop("the test is over"))
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+    with aggregator_of(settings) as (aggregator, _):
+        yield RunningAggregator(aggregator, state)
 
 
 def certified(authority: Authority, client_id: str, lifetime: timedelta) -> KeyPair:
