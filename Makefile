@@ -37,7 +37,7 @@ check: setup
 
 # Two at a time; tests of recovery mostly wait for processes to start and to find each other: three.
 test: setup
-	$(BIN)/python -m pytest --ignore=tests/recovery --numprocesses=2
+	$(BIN)/python -m pytest --ignore=tests/recovery --numprocesses=2 --dist=worksteal
 	$(BIN)/python -m pytest tests/recovery --numprocesses=3
 
 test-compose: setup

@@ -2,6 +2,8 @@
 
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from lesft_client.data import Sample, Split, client_share, jsonl, load_samples, skewed_share
 from lesft_client.settings import DataSettings, ExportDataSettings
@@ -27,7 +29,18 @@ def export_data(settings: ExportDataSettings) -> None:
     """Write one JSON object per sample, in UTF-8 whatever the locale."""
     data = "".join(map(jsonl.line, samples_of(settings, settings.split))).encode()
     if settings.output is None:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
-        sys.stdout.buffer.write(data)
+        with _ended_by_broken_pipe():
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
     else:
         settings.output.write_bytes(data)
+
+
+@contextmanager
+def _ended_by_broken_pipe() -> Iterator[None]:
+    """For `| head`, which is no error. Not for longer: any closed socket would end the process."""
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGPIPE, before)

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -549,6 +550,21 @@ def test_the_data_command_may_be_piped_into_head(tmp_path: Path) -> None:
         command.stdout.close()
         assert command.stderr.read() == b""
         assert command.wait(60) == -signal.SIGPIPE
+
+
+def test_after_the_data_command_a_closed_socket_is_an_error_again_and_not_the_end(
+    capfdbinary: pytest.CaptureFixture[bytes], tmp_path: Path
+) -> None:
+    """Where the command is called in a process that goes on."""
+    sample = {"prompt": "p", "target": "t", "reference": "r"}
+    source = write_samples(tmp_path / "source.jsonl", [sample])
+    export_data(DATA.load(f"--data={source}"))
+    assert capfdbinary.readouterr().out
+    one, other = socket.socketpair()
+    with one:
+        other.close()
+        with pytest.raises(BrokenPipeError):
+            one.sendall(b"x")
 
 
 def test_shares_of_the_data_command_are_disjoint_and_complete(

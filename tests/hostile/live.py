@@ -75,7 +75,7 @@ class Target:
         end = figures.messages + messages
         while figures.messages < end:
             if self.attack is not None:
-                self._send_calls(random, self.attack)
+                self._send_calls(random, self.attack, end)
                 for _ in range(REQUESTS_PER_CONNECTION):
                     attack_grpc_port(random, self.grpc, self.method)
                     figures.raw_connections += 1
@@ -87,10 +87,12 @@ class Target:
         figures.seconds += time.monotonic() - start
         figures.resident_mib.append(psutil.Process(self.pid).memory_info().rss / _MIB)
 
-    def _send_calls(self, random: Random, attack: Attack) -> None:
+    def _send_calls(self, random: Random, attack: Attack, end: int) -> None:
         with raw_channel(self.grpc) as channel:
             attacker = Attacker(channel)
             for _ in range(CALLS_PER_CONNECTION):
+                if self.figures.messages >= end:
+                    break
                 self.figures.messages += attack(random, attacker)
                 self.figures.calls += 1
             self.figures.statuses.update(attacker.statuses)
