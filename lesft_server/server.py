@@ -1,6 +1,7 @@
 """The server as a whole: loads the model, serves, stops gracefully."""
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -105,7 +106,7 @@ class Server:
         )
         self._server = server
         training_pb2_grpc.add_TrainingServiceServicer_to_server(
-            training_service.TrainingService(engine), server
+            training_service.TrainingService(engine, self._metrics.limits), server
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
@@ -221,6 +222,10 @@ async def serve(settings: ServerSettings) -> None:
     server = Server(settings)
     try:
         await server.start()
+        # The model and all that was imported stay; else each full collection would go through it
+        # all, while every client waits.
+        gc.collect()
+        gc.freeze()
         await stopping.wait()
         log.info("stopping")
     finally:

@@ -30,6 +30,7 @@ from lesft.wire import Kind, chunk_messages_bytes, micro_batch_parts, tensor_byt
 from lesft_server.cohort import Cohort, Request
 from lesft_server.handshake import resume_point
 from lesft_server.journal import Journal
+from lesft_server.pauses import Pauses
 from lesft_server.run import Run, RunState
 from lesft_server.sample_store import SampleStore
 from lesft_server.step_clock import StepClock
@@ -78,6 +79,7 @@ class Engine:
     norms: ActivationNorms
     heartbeat_seconds: float
     stall_seconds: float
+    pauses: Pauses = field(default_factory=Pauses)
     scoring: asyncio.Lock = field(default_factory=asyncio.Lock)
     """A training step waits for one held-out request at most, however many there are."""
 
@@ -164,6 +166,7 @@ class Session:
             data = await self._receive_bundle(header, requests)
         request = await asyncio.to_thread(self._read_request, header, data)
         self._handed_in = True
+        self._engine.pauses.handed_in(self.member.client_id)
         if self.state is SessionState.OPEN:
             self._next_key = key.following(spec.accumulation)
             self.member.next_key = self._next_key
@@ -383,4 +386,5 @@ class Session:
             self.held.drop()
         if not self._handed_in:
             self._engine.cohort.came_in_vain(self.member.client_id)
+            self._engine.pauses.came_in_vain(self.member.client_id)
         self._engine.run.leave(self.member, self._tell, reason, left=error is None)

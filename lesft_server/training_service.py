@@ -5,9 +5,10 @@ from collections.abc import AsyncIterator
 
 from grpc.aio import ServicerContext
 
-from lesft.errors import OutOfOrder
+from lesft.errors import LesftError, OutOfOrder
 from lesft.identity.caller import check_acts_for_itself
 from lesft.identity.guard import why_ended
+from lesft.refusals import Refusals
 from lesft.spec_messages import spec_to_message
 from lesft.v1 import training_pb2, training_pb2_grpc
 from lesft_server.handshake import check_opening
@@ -22,8 +23,10 @@ SERVICE_NAME = training_pb2.DESCRIPTOR.services_by_name["TrainingService"].full_
 class TrainingService(training_pb2_grpc.TrainingServiceServicer):
     """One bidirectional stream per client."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, refusals: Refusals) -> None:
         self._engine = engine
+        self._refusals = refusals
+        self._spec = spec_to_message(engine.run.spec)
 
     async def Train(
         self,
@@ -42,7 +45,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
             resumes_at = session.resumes_at
             opened = training_pb2.TrainResponse(
                 opened=training_pb2.SessionOpened(
-                    spec=spec_to_message(self._engine.run.spec),
+                    spec=self._spec,
                     next=training_pb2.Position(
                         round=resumes_at.key.round, micro=resumes_at.key.micro
                     ),
@@ -73,4 +76,12 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
             raise OutOfOrder("the first message of a session must be open")
         check_acts_for_itself(context, request.open.client_id)
         check_opening(request.open, self._engine.run.spec)
-        return Session(self._engine, request.open)
+        client_id, pauses = request.open.client_id, self._engine.pauses
+        if pause_seconds := pauses.seconds(client_id):
+            self._refusals.inc("sessions in vain")
+            await asyncio.sleep(pause_seconds)
+        try:
+            return Session(self._engine, request.open)
+        except LesftError:
+            pauses.came_in_vain(client_id)
+            raise

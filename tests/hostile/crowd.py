@@ -25,7 +25,7 @@ from tests.server.harness import make_batch, opening, step_messages
 
 HONEST, ALL = 56, 64
 STEPS, WARM_UP = 40, 10
-REPEATS = 3
+REPEATS = 5
 
 OPTIONS = {
     "clients": ALL,

@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load, save
 
 from lesft.call_limits import CallLimiter
-from lesft.errors import Busy, InvalidInput, TooLarge
+from lesft.errors import AlreadyJoined, Busy, InvalidInput, TooLarge
 from lesft.intake import Intake
 from lesft.limit_settings import CallLimits
 from lesft.micro_batch import Path as Activations
@@ -26,6 +26,7 @@ from lesft.v1.model_pb2 import FetchFrontRequest
 from lesft.v1.training_pb2 import TrainRequest
 from lesft_aggregator.norms import AdapterNorms
 from lesft_aggregator.server import Aggregator
+from lesft_server.pauses import Pauses
 from tests.aggregator.harness import Caller, error_of, make_tensors, run_aggregator, settings_for
 from tests.harness import save_tiny_model
 from tests.server.harness import (
@@ -368,3 +369,48 @@ def test_a_member_that_comes_again_and_again_and_sends_nothing_is_soon_not_waite
         idle.send(opening(spec, "b", instance_id="b"), heartbeat())  # type: ignore[arg-type]
         assert idle.receive().WhichOneof("message") == "opened"
     assert waited == [True, True, True, False, False, False]
+
+
+# ---------------------------------------------------------------------- members who come in vain
+
+
+def test_pauses_grow_until_something_is_handed_in() -> None:
+    pauses = Pauses()
+    waited = []
+    for _ in range(10):
+        waited.append(pauses.seconds("a"))
+        pauses.came_in_vain("a")
+    assert waited == [0, 0, 0, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
+    assert pauses.seconds("b") == 0
+    pauses.handed_in("a")
+    assert pauses.seconds("a") == 0
+
+
+def test_a_client_that_opens_session_after_session_waits_and_one_that_trains_does_not(
+    model: Path, tmp_path: Path
+) -> None:
+    with serving(model, tmp_path) as server, raw_channel(server.grpc) as channel:
+        a, b = (join(channel, server.spec, name, instance_id=name) for name in "ab")
+        step_all([a, b], StepKey(0, 0))
+        begun = []
+        for _ in range(5):
+            start = time.monotonic()
+            join(channel, server.spec, "b", StepKey(0, 1), instance_id="b").call.cancel()
+            wait_until(lambda: not server.engine.run.members["b"].connected)
+            begun.append(time.monotonic() - start)
+        assert begun[4] > 0.2 > begun[0]
+        assert server.server._metrics.limits.counts == {"sessions in vain": 2}
+        b = join(channel, server.spec, "b", StepKey(0, 1), instance_id="b")
+        step_all([a, b], StepKey(0, 1))
+        assert server.engine.pauses.seconds("b") == 0
+
+
+def test_sessions_that_are_refused_count_as_well(model: Path, tmp_path: Path) -> None:
+    with serving(model, tmp_path) as server, raw_channel(server.grpc) as channel:
+        a = join(channel, server.spec, "a", instance_id="a")
+        for _ in range(4):
+            other = RawSession(channel)
+            other.send(opening(server.spec, "a", instance_id="other"))
+            assert other.refusal().kind is AlreadyJoined
+        assert server.engine.pauses.seconds("a") == 0.2
+        a.call.cancel()
