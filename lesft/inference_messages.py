@@ -18,9 +18,9 @@ from lesft.step_messages import check_magnitude
 from lesft.tensors import (
     HEADER_BYTES,
     TensorSpec,
+    decode_encoded,
     decode_tensors,
     encode_tensors,
-    encoded_dtypes,
 )
 from lesft.v1 import inference_pb2
 from lesft.v1.tensor_pb2 import Chunk
@@ -193,8 +193,7 @@ def hidden_from_bundle(
     data: bytes, num_tokens: int, hidden_size: int, encoding: Encoding
 ) -> torch.Tensor:
     """Activations `[Q, D]` of a step's bundle. Raises BundleError when they are not that."""
-    expected = TensorSpec((num_tokens, hidden_size), encoded_dtypes(encoding))
-    hidden_QD = decode_tensors(data, {"hidden": expected})["hidden"]
+    hidden_QD = decode_encoded(data, {"hidden": (num_tokens, hidden_size)}, encoding)["hidden"]
     check_magnitude("hidden", hidden_QD)
     return hidden_QD
 

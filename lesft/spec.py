@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Encoding = Literal["raw", "bf16"]
+Encoding = Literal["raw", "bf16", "int8", "int4"]
 """How activations or gradients travel: as they are computed, or rounded to bfloat16."""
 
 PROTOCOL_VERSION = 3

@@ -52,7 +52,12 @@ def lora_to_message(lora: LoraSpec) -> run_pb2.LoraSpec:
     return ParseDict(lora.model_dump(mode="json"), run_pb2.LoraSpec())
 
 
-_ENCODINGS = {"raw": tensor_pb2.ENCODING_RAW, "bf16": tensor_pb2.ENCODING_BF16}
+_ENCODINGS: dict[Encoding, tensor_pb2.Encoding.ValueType] = {
+    "raw": tensor_pb2.ENCODING_RAW,
+    "bf16": tensor_pb2.ENCODING_BF16,
+    "int8": tensor_pb2.ENCODING_INT8,
+    "int4": tensor_pb2.ENCODING_INT4,
+}
 
 
 def encoding_to_message(encoding: Encoding) -> tensor_pb2.Encoding.ValueType:

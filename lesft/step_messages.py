@@ -13,7 +13,7 @@ from lesft.bundle import bundle_info
 from lesft.errors import BundleError, InvalidInput, TooLarge
 from lesft.micro_batch import MicroBatch, Path, StepKey, StepResult, Targets
 from lesft.spec import Encoding, RunSpec
-from lesft.tensors import HEADER_BYTES, TensorSpec, decode_tensors, encode_tensors, encoded_dtypes
+from lesft.tensors import HEADER_BYTES, TensorSpec, decode_encoded, encode_tensors
 from lesft.v1 import training_pb2
 
 _ID_BYTES = 4
@@ -223,13 +223,9 @@ def _decode_samples(
     limits: Limits,
     admit: Admit,
 ) -> dict[str, torch.Tensor]:
-    floats = encoded_dtypes(limits.spec.activation_encoding)
-    expected = {
-        name: TensorSpec((sum(lengths), limits.hidden_size), floats)
-        for name, lengths in paths.items()
-    }
-    expected["targets"] = TensorSpec((sum(target_lengths),), (torch.int32,))
-    tensors = decode_tensors(data, expected)
+    shapes = {name: (sum(lengths), limits.hidden_size) for name, lengths in paths.items()}
+    targets = {"targets": TensorSpec((sum(target_lengths),), (torch.int32,))}
+    tensors = decode_encoded(data, shapes, limits.spec.activation_encoding, targets)
     for name in paths:
         check_magnitude(name, tensors[name])
         tensors[name] = admit(name, tensors[name])
@@ -286,12 +282,8 @@ def result_from_message(
     paths = {"base": batch.base} if limits.spec.train_front else {}
     if paths and batch.reference is not None and limits.spec.loss.trains_reference:
         paths["reference"] = batch.reference
-    dtypes = encoded_dtypes(limits.spec.gradient_encoding)
-    expected = {
-        name: TensorSpec((sum(path.lengths), limits.hidden_size), dtypes)
-        for name, path in paths.items()
-    }
-    tensors = decode_tensors(data, expected) if expected else {}
+    shapes = {name: (sum(path.lengths), limits.hidden_size) for name, path in paths.items()}
+    tensors = decode_encoded(data, shapes, limits.spec.gradient_encoding) if shapes else {}
     counts = tuple(header.class_counts)
     if len(counts) not in (0, 3):
         raise BundleError(f"class_counts must have 3 entries or none, got {len(counts)}")

@@ -3,14 +3,16 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, deserialize
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from lesft.bundle import check_header
 from lesft.errors import BundleError
+from lesft.quantization import QUANTIZED, Part, dequantize, layout, quantize
 from lesft.spec import Encoding
 
 HEADER_BYTES = 4096
@@ -23,6 +25,8 @@ _WIRE_DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
     # Those below never travel; they are here to be refused by their name.
     "F64": torch.float64,
     "F16": torch.float16,
@@ -43,20 +47,74 @@ class TensorSpec:
         return math.prod(self.shape)
 
 
-def encoded_dtypes(encoding: Encoding) -> tuple[torch.dtype, ...]:
-    """The dtypes that activations or gradients may have under an encoding."""
-    return (torch.bfloat16,) if encoding == "bf16" else (torch.float32, torch.bfloat16)
-
-
 def encode_tensors(tensors: Mapping[str, torch.Tensor], encoding: Encoding) -> bytes:
-    """A bundle of tensors from any device; floating ones are rounded as the encoding says."""
-    return save({name: _encoded(tensor, encoding) for name, tensor in tensors.items()})
+    """A bundle of tensors from any device; floating ones `[N, D]` are written as the encoding says.
+
+    Quantised ones have their scales beside them, under their name and `.scale`.
+    """
+    parts: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if encoding in QUANTIZED and tensor.is_floating_point():
+            parts[name], parts[_scale(name)] = quantize(tensor, encoding)
+        elif encoding == "bf16" and tensor.is_floating_point():
+            parts[name] = tensor.to(torch.bfloat16)
+        else:
+            parts[name] = tensor
+    return save({name: part.detach().to("cpu").contiguous() for name, part in parts.items()})
 
 
-def _encoded(tensor: torch.Tensor, encoding: Encoding) -> torch.Tensor:
-    if encoding == "bf16" and tensor.is_floating_point():
-        tensor = tensor.to(torch.bfloat16)
-    return tensor.detach().to("cpu").contiguous()
+def _scale(name: str) -> str:
+    return f"{name}.scale"
+
+
+def encoded_bytes(num_rows: int, width: int, encoding: Encoding, itemsize: int = 4) -> int:
+    """Size in a bundle of `[num_rows, width]` values that take `itemsize` bytes each in memory."""
+    if encoding in QUANTIZED:
+        return sum(part.num_bytes for part in layout(num_rows, width, encoding))
+    return num_rows * width * (torch.bfloat16.itemsize if encoding == "bf16" else itemsize)
+
+
+def decode_encoded(
+    data: bytes,
+    shapes: Mapping[str, tuple[int, int]],
+    encoding: Encoding,
+    others: Mapping[str, TensorSpec] = MappingProxyType({}),
+) -> dict[str, torch.Tensor]:
+    """Floating tensors of these shapes that travelled under an encoding, and others that are plain.
+
+    On the CPU; float32, or bfloat16 where that travelled. Raises BundleError as `decode_tensors`.
+    """
+    expected = dict(others)
+    for name, shape in shapes.items():
+        if encoding not in QUANTIZED:
+            expected[name] = TensorSpec(shape, encoded_dtypes(encoding))
+            continue
+        for part_name, part in zip((name, _scale(name)), layout(*shape, encoding), strict=True):
+            expected[part_name] = _spec_of(part)
+    return _dequantized(decode_tensors(data, expected), encoding)
+
+
+def load_encoded(data: bytes, encoding: Encoding) -> dict[str, torch.Tensor]:
+    """What `encode_tensors` has written, of bytes that were never out of our hands."""
+    return _dequantized(load(data), encoding)
+
+
+def _dequantized(parts: Mapping[str, torch.Tensor], encoding: Encoding) -> dict[str, torch.Tensor]:
+    scales = {_scale(name) for name in parts} & parts.keys()
+    return {
+        name: dequantize(part, parts[_scale(name)], encoding) if _scale(name) in parts else part
+        for name, part in parts.items()
+        if name not in scales
+    }
+
+
+def _spec_of(part: Part) -> TensorSpec:
+    return TensorSpec(part.shape, (part.dtype,))
+
+
+def encoded_dtypes(encoding: Encoding) -> tuple[torch.dtype, ...]:
+    """The dtypes that activations or gradients may have where they travel as floating numbers."""
+    return (torch.bfloat16,) if encoding == "bf16" else (torch.float32, torch.bfloat16)
 
 
 def decode_tensors(data: bytes, expected: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:

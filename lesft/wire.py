@@ -9,13 +9,13 @@ import torch
 from lesft.bundle import CHUNK_BYTES
 from lesft.micro_batch import MicroBatch
 from lesft.spec import Encoding
+from lesft.tensors import encoded_bytes
 
 Kind = Literal[
     "activations_base", "activations_reference", "gradients", "labels", "adapters", "other"
 ]
 Direction = Literal["up", "down"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_BF16_BYTES = 2
 
 
 class WireCounter:
@@ -62,22 +62,20 @@ class WireCounter:
             return {way: dict(counts) for way, counts in self._bytes.items()}
 
 
-def encoded_bytes(tensor: torch.Tensor, encoding: Encoding) -> int:
-    """Size of a floating tensor's data in a bundle."""
-    size = _BF16_BYTES if encoding == "bf16" else tensor.element_size()
-    return tensor.numel() * size
-
-
 def micro_batch_parts(batch: MicroBatch, encoding: Encoding) -> dict[Kind, int]:
     """What of a micro-batch's message is of which kind, in bytes."""
     parts: dict[Kind, int] = {
-        "activations_base": encoded_bytes(batch.base.activations_ND, encoding),
+        "activations_base": _encoded_bytes(batch.base.activations_ND, encoding),
         "labels": 4 * len(batch.targets.ids_T),
     }
     if batch.reference is not None:
-        reference_ND = batch.reference.activations_ND
-        parts["activations_reference"] = encoded_bytes(reference_ND, encoding)
+        parts["activations_reference"] = _encoded_bytes(batch.reference.activations_ND, encoding)
     return parts
+
+
+def _encoded_bytes(tensor_ND: torch.Tensor, encoding: Encoding) -> int:
+    rows, width = tensor_ND.shape
+    return encoded_bytes(rows, width, encoding, tensor_ND.element_size())
 
 
 def tensor_bytes(bundle: bytes) -> int:

@@ -18,7 +18,7 @@ from lesft.step_messages import (
     result_from_message,
 )
 from lesft.v1 import heartbeat_pb2, training_pb2, training_pb2_grpc
-from lesft.wire import Kind, WireCounter, micro_batch_parts
+from lesft.wire import Kind, WireCounter, micro_batch_parts, tensor_bytes
 from lesft_client.watchdog import Watchdog
 
 _OPENING_SECONDS = 0.1
@@ -183,9 +183,8 @@ class Stream:
                 most = self._limits.result_bytes(asked)
                 data, size = self._read_bundle(response.step, most)
             result = result_from_message(response.step, data, asked, self._limits)
-            gradients = [result.base_gradient_ND, result.reference_gradient_ND]
-            known = sum(g.numel() * g.element_size() for g in gradients if g is not None)
-            self._wire.add_message("down", size + response.ByteSize(), {"gradients": known})
+            parts: dict[Kind, int] = {"gradients": tensor_bytes(data)}
+            self._wire.add_message("down", size + response.ByteSize(), parts)
             return result
         raise OutOfOrder(f"{self._party}: sent {kind} where another answer was due")
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 
 import torch
-from safetensors.torch import load
 
 from lesft.errors import OutOfOrder
 from lesft.files import write_atomically
 from lesft.micro_batch import MicroBatch, Path, StepKey, Targets
-from lesft.spec import RunSpec
+from lesft.spec import Encoding, RunSpec
 from lesft.step_messages import encode_batch
+from lesft.tensors import load_encoded
 from lesft_server.ledger import check_same
 
 SAMPLES_FOLDER = "activations"
@@ -152,7 +152,8 @@ class HeldSamples:
             else:
                 file = self._files[number]
                 sample_digest = file.digest
-                singles.append(_decode(received.key, file.path.read_bytes()))
+                encoding = self._spec.activation_encoding
+                singles.append(_decode(received.key, file.path.read_bytes(), encoding))
             digest.update(number.to_bytes(4, "big") + sample_digest)
         return _joined(received, singles), digest.digest()
 
@@ -184,8 +185,8 @@ def _rows(path: Path) -> list[Path]:
     return [Path(row, (len(row),)) for row in rows]
 
 
-def _decode(key: StepKey, data: bytes) -> MicroBatch:
-    tensors = load(data)
+def _decode(key: StepKey, data: bytes, encoding: Encoding) -> MicroBatch:
+    tensors = load_encoded(data, encoding)
     paths = {
         name: Path(tensors[name], (len(tensors[name]),))
         for name in ("base", "reference")

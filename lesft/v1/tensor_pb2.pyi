@@ -29,10 +29,20 @@ class _EncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding.Val
     """As computed: float32, or bfloat16 where the sender computes in bfloat16."""
     ENCODING_BF16: _Encoding.ValueType  # 2
     """Rounded to bfloat16."""
+    ENCODING_INT8: _Encoding.ValueType  # 3
+    """x: int8 [N, D], codes from -127 to 127; x.scale: bfloat16 [N, D / B] where B is the largest power
+    of two up to 64 that divides D. Code times scale is a value of the rotated row; the row itself
+    is that, each B values multiplied by the Hadamard matrix in Sylvester's order, divided by B.
+    """
+    ENCODING_INT4: _Encoding.ValueType  # 4
+    """x: uint8 [N, D / 2], codes from -7 to 7 and 8 added, two in each byte, the first in the low
+    half; all else as for int8. D is even.
+    """
 
 class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper):
     """How the numbers of a tensor are encoded inside its bundle. Both sides must agree before the
-    first tensor is sent; values 3 to 15 are kept for quantised encodings.
+    first tensor is sent. A quantised tensor [N, D] of the name `x` has its scales beside it in the
+    bundle, under the name `x.scale`; values 5 to 15 are kept for further encodings.
     """
 
 ENCODING_UNSPECIFIED: Encoding.ValueType  # 0
@@ -41,6 +51,15 @@ ENCODING_RAW: Encoding.ValueType  # 1
 """As computed: float32, or bfloat16 where the sender computes in bfloat16."""
 ENCODING_BF16: Encoding.ValueType  # 2
 """Rounded to bfloat16."""
+ENCODING_INT8: Encoding.ValueType  # 3
+"""x: int8 [N, D], codes from -127 to 127; x.scale: bfloat16 [N, D / B] where B is the largest power
+of two up to 64 that divides D. Code times scale is a value of the rotated row; the row itself
+is that, each B values multiplied by the Hadamard matrix in Sylvester's order, divided by B.
+"""
+ENCODING_INT4: Encoding.ValueType  # 4
+"""x: uint8 [N, D / 2], codes from -7 to 7 and 8 added, two in each byte, the first in the low
+half; all else as for int8. D is even.
+"""
 Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
 
 @_typing.final

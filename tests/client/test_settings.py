@@ -258,8 +258,8 @@ INT = "Input should be a valid integer, unable to parse string as an integer"
         (SERVER, ["--seed", "-1"], "--seed: Input should be greater than or equal to 0, got '-1'"),
         (
             SERVER,
-            ["--activation-encoding=int8"],
-            "--activation-encoding: Input should be 'raw' or 'bf16', got 'int8'",
+            ["--activation-encoding=int3"],
+            "--activation-encoding: Input should be 'raw', 'bf16', 'int8' or 'int4', got 'int3'",
         ),
         (SERVER, ["--lora.dropout=1"], "--lora.dropout: Input should be less than 1, got '1'"),
         (

@@ -22,6 +22,7 @@ from tests.processes.harness import make_samples, save_model_with_tokenizer, wri
 from tests.tiny_models import HIDDEN_SIZE
 
 ROUNDS, ACCUMULATION, BATCH_SIZE = 3, 2, 2
+SCALE_BYTES = 2  # of one row: its width is one block
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +31,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("encoding", "bytes_per_number", "reference_nll_weight"), [("raw", 4, 0.0), ("bf16", 2, 0.1)]
+    ("encoding", "bytes_per_token", "reference_nll_weight"),
+    [
+        ("raw", 4 * HIDDEN_SIZE, 0.0),
+        ("bf16", 2 * HIDDEN_SIZE, 0.1),
+        ("int8", HIDDEN_SIZE + SCALE_BYTES, 0.1),
+        ("int4", HIDDEN_SIZE // 2 + SCALE_BYTES, 0.0),
+    ],
 )
 def test_every_byte_of_a_run_is_counted_once_and_under_its_kind(
     model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     encoding: Encoding,
-    bytes_per_number: int,
+    bytes_per_token: int,
     reference_nll_weight: float,
 ) -> None:
     channels: list[tuple[str, CountingChannel]] = []
@@ -94,7 +101,6 @@ def test_every_byte_of_a_run_is_counted_once_and_under_its_kind(
     reference_tokens = sum(len(s.reference_ids) + len(s.target_ids) for s in samples)
     assert reference_tokens > base_tokens
     gradient_tokens = base_tokens + (reference_tokens if reference_nll_weight else 0)
-    bytes_per_token = HIDDEN_SIZE * bytes_per_number
     assert without_other(wire["up"]) == {
         "activations_base": base_tokens * bytes_per_token,
         "activations_reference": reference_tokens * bytes_per_token,

@@ -32,6 +32,24 @@ def test_a_power_cut_of_everything_at_once(
         assert run.finish() == undisturbed
 
 
+def test_a_run_of_quantised_tensors_is_the_same_after_crashes(
+    zygote: Zygote, model: Path, tmp_path: Path, undisturbed: Outcome
+) -> None:
+    """The server answers what it has answered before from its ledger, as it was encoded."""
+    options = {"activation_encoding": "int8", "gradient_encoding": "int4"}
+    with new_run(zygote, tmp_path / "undisturbed", model, **options) as run:
+        run.start_all()
+        outcome = run.finish()
+    with new_run(zygote, tmp_path / "disturbed", model, **options) as run:
+        run.start_all(a=IN_THE_FIFTH_ROUND)
+        run.wait("a")
+        run.start("a")
+        run.kill("server")
+        run.start("server")
+        assert run.finish() == outcome
+    assert outcome.adapters != undisturbed.adapters
+
+
 def test_server_and_client_die_one_after_the_other_again_and_again(
     zygote: Zygote, model: Path, tmp_path: Path, undisturbed: Outcome
 ) -> None:

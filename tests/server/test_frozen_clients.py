@@ -56,6 +56,7 @@ from tests.tiny_models import HIDDEN_SIZE
 
 FLOAT_BYTES = 4
 UNIFORM: dict[str, Any] = {"loss": {"token_weights": "uniform"}}
+RAW = {"activation_encoding": "raw"}
 DUAL: dict[str, Any] = {"loss": {"salient_threshold": 0.012, "reference_nll_weight": 0.5}}
 
 
@@ -221,6 +222,20 @@ def test_samples_that_meet_again_in_one_window_and_in_other_pairs_train_as_if_se
     )
     assert nothing.sent_bytes("activations_base") > 5 * base_tokens(samples) * width
     assert_equal(again, kept)
+
+
+@pytest.mark.parametrize("encoding", ["bf16", "int8", "int4"])
+def test_samples_kept_as_they_travelled_train_as_if_sent_anew(
+    encoding: str, model: Path, tmp_path: Path
+) -> None:
+    """Alone or in pairs, from the wire or from disk, the same values come out."""
+    samples = random_samples(3)
+    options: dict[str, Any] = {"activation_encoding": encoding, "accumulation": 3, "batch_size": 2}
+    _, kept = train_alone(model, tmp_path / "kept", samples, **options)
+    _, again = train_alone(model, tmp_path / "anew", samples, **options, kept_activations_mib=0)
+    assert_equal(again, kept)
+    _, raw = train_alone(model, tmp_path / "raw", samples, **{**options, **RAW})
+    assert any(not torch.equal(raw[name], kept[name]) for name in kept)
 
 
 def test_more_samples_in_a_batch_than_a_client_has_are_sent_once(

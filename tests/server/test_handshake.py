@@ -174,9 +174,9 @@ REFUSED: dict[str, tuple[dict[str, Any], Refusal]] = {
         ),
     ),
     "gradients in an encoding of the future": (
-        {"gradient_encoding": 3},
+        {"gradient_encoding": 5},
         mismatch(
-            "gradient_encoding: server raw, client 3; leave the client's gradient_encoding out"
+            "gradient_encoding: server raw, client 5; leave the client's gradient_encoding out"
         ),
     ),
     "an instance id of 65 letters": (

@@ -242,11 +242,11 @@ WRONG: dict[str, tuple[Mapping[str, Any], str]] = {
     ),
     "an encoding not chosen": (
         {"activation_encoding": 0},
-        "activation_encoding: Input should be 'raw' or 'bf16', got 'unspecified'",
+        "activation_encoding: Input should be 'raw', 'bf16', 'int8' or 'int4', got 'unspecified'",
     ),
     "an encoding of the future": (
-        {"gradient_encoding": 3},
-        "gradient_encoding: Input should be 'raw' or 'bf16', got '3'",
+        {"gradient_encoding": 5},
+        "gradient_encoding: Input should be 'raw', 'bf16', 'int8' or 'int4', got '5'",
     ),
     "a schedule not chosen": (
         {"optimizer": {"schedule": 0}},
@@ -296,4 +296,7 @@ def test_the_adapters_settings_have_a_message_of_their_own() -> None:
 def test_encodings_have_names() -> None:
     assert encoding_to_message("raw") == tensor_pb2.ENCODING_RAW
     assert encoding_to_message("bf16") == tensor_pb2.ENCODING_BF16
-    assert [encoding_name(value) for value in range(4)] == ["0", "raw", "bf16", "3"]
+    assert encoding_to_message("int8") == tensor_pb2.ENCODING_INT8
+    assert encoding_to_message("int4") == tensor_pb2.ENCODING_INT4
+    names = [encoding_name(value) for value in range(6)]
+    assert names == ["0", "raw", "bf16", "int8", "int4", "5"]

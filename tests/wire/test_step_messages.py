@@ -10,6 +10,7 @@ import torch
 from lesft.bundle import bundle_info
 from lesft.errors import BundleError, InvalidInput, LesftError, TooLarge
 from lesft.micro_batch import MicroBatch, Path, StepKey, StepResult, Targets
+from lesft.quantization import QUANTIZED, dequantize, quantize
 from lesft.spec import Encoding, LossSpec, RunSpec
 from lesft.step_messages import (
     MAX_ACTIVATION,
@@ -76,6 +77,8 @@ def make_result(reference: bool = False) -> StepResult:
 
 
 def rounded(tensor: torch.Tensor, encoding: Encoding) -> torch.Tensor:
+    if encoding in QUANTIZED:
+        return dequantize(*quantize(tensor, encoding), encoding)
     return tensor.bfloat16() if encoding == "bf16" else tensor
 
 
@@ -88,7 +91,7 @@ def assert_same(tensor: torch.Tensor | None, expected: torch.Tensor) -> None:
 # ---------------------------------------------------------------------- round trip
 
 
-@pytest.mark.parametrize("encoding", ["raw", "bf16"])
+@pytest.mark.parametrize("encoding", ["raw", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("reference", [True, False])
 def test_a_micro_batch_comes_back_as_it_was(encoding: Encoding, reference: bool) -> None:
     batch, allowed = make_batch(reference), limits(encoding, **({} if reference else NO_REFERENCE))
@@ -111,7 +114,7 @@ def test_a_micro_batch_comes_back_as_it_was(encoding: Encoding, reference: bool)
         assert_same(back.reference.activations_ND, expected)
 
 
-@pytest.mark.parametrize("encoding", ["raw", "bf16"])
+@pytest.mark.parametrize("encoding", ["raw", "bf16", "int8", "int4"])
 def test_held_out_samples_come_back_as_they_were(encoding: Encoding) -> None:
     batch = make_batch()
     header, data = held_out_to_message(5, batch.base, batch.targets, encoding)
@@ -125,7 +128,7 @@ def test_held_out_samples_come_back_as_they_were(encoding: Encoding) -> None:
     assert_same(targets.ids_T, batch.targets.ids_T)
 
 
-@pytest.mark.parametrize("encoding", ["raw", "bf16"])
+@pytest.mark.parametrize("encoding", ["raw", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("reference", [True, False])
 def test_a_result_comes_back_as_it_was(encoding: Encoding, reference: bool) -> None:
     result = make_result(reference)
@@ -482,7 +485,7 @@ def frozen_batch(samples: tuple[int, ...], enclosed: tuple[int, ...]) -> MicroBa
     return MicroBatch(KEY, nothing, None, Targets(torch.empty(0).long(), ()), samples)
 
 
-@pytest.mark.parametrize("encoding", ["raw", "bf16"])
+@pytest.mark.parametrize("encoding", ["raw", "bf16", "int8", "int4"])
 def test_a_micro_batch_names_its_samples_and_those_that_are_enclosed(encoding: Encoding) -> None:
     batch = frozen_batch((7, 2**32 - 1, 0), (7, 0))
     header, data = micro_batch_to_message(batch, encoding)
