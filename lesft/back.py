@@ -132,6 +132,7 @@ class Back:
                 log_probs_T = slice_log_probs(head_logits(self.model, leaf_TD[rows]), ids_T[rows])
             (-(coefficients_T[rows] * log_probs_T).sum()).backward()  # type: ignore[no-untyped-call]
             log_probs.append(log_probs_T.detach())
+        self._set_mode(dropout=True)  # as it went forward: checkpointing computes that again
         hidden_TD.backward(leaf_TD.grad)  # type: ignore[no-untyped-call]
         return torch.cat(log_probs)
 

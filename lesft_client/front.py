@@ -93,6 +93,7 @@ class Front:
         if sent.reference_ND is not None and result.reference_gradient_ND is not None:
             outputs.append(sent.reference_ND)
             gradients.append(result.reference_gradient_ND)
+        self.model.train()  # as it went forward: checkpointing computes that again
         torch.autograd.backward(
             outputs, [g.to(o.device, o.dtype) for g, o in zip(gradients, outputs, strict=True)]
         )

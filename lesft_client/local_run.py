@@ -13,7 +13,12 @@ from lesft.device import choose_device
 from lesft.hub import model_folder
 from lesft.model_card import Figures
 from lesft.spec import RunSpec
-from lesft.split import check_cut_layer, check_personal_layers, default_cut_layer
+from lesft.split import (
+    check_cut_layer,
+    check_personal_layers,
+    checkpoint_gradients,
+    default_cut_layer,
+)
 from lesft.weights import Checkpoint, front_fingerprint, load_back, load_front
 from lesft_client.back import LocalBack
 from lesft_client.data import EncodedSample
@@ -67,6 +72,9 @@ class LocalRun:
             head.weight = embedding.weight  # tied: held once
         attach_lora(front, spec.lora, spec.seed, 0)
         attach_lora(back, spec.lora, spec.seed, cut)
+        if settings.gradient_checkpointing:
+            checkpoint_gradients(front)
+            checkpoint_gradients(back)
         # Clients of one run draw their dropout apart from each other, on this side of the cut too.
         role = "server" if spec.clients == 1 else self._client_id
         self._back = Back(back, spec, settings.precision, dropout_role=role)

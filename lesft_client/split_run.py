@@ -8,6 +8,7 @@ from lesft.files import write_atomically
 from lesft.model_card import Figures
 from lesft.spec import PROTOCOL_VERSION, RunSpec
 from lesft.spec_messages import encoding_to_message, lora_to_message, spec_from_message
+from lesft.split import checkpoint_gradients
 from lesft.step_messages import Limits
 from lesft.v1 import model_pb2, model_pb2_grpc, training_pb2
 from lesft_client.connector import Connector
@@ -66,6 +67,8 @@ class SplitRun:
                 self._display,
             )
         attach_lora(model, spec.lora, spec.seed, 0)
+        if settings.gradient_checkpointing:
+            checkpoint_gradients(model)
         return Front(model, spec, self._status.client_id, settings.precision)
 
     def link(

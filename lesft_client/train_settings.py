@@ -66,6 +66,11 @@ class TrainSettings(DataSettings, ConnectionSettings, ListenerSettings, ClientLo
         "fp32", description="fp32, or bf16 weights and autocast with adapters in fp32."
     )
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0 leaves its default.")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Compute each layer's inside again in the backward pass instead of keeping "
+        "it: less memory, more time, the same result.",
+    )
     in_flight: int = Field(
         0,
         ge=0,

@@ -31,7 +31,12 @@ from lesft.live import LivePage
 from lesft.logs import note_process
 from lesft.norms import ActivationNorms
 from lesft.spec import RunSpec
-from lesft.split import check_cut_layer, check_personal_layers, default_cut_layer
+from lesft.split import (
+    check_cut_layer,
+    check_personal_layers,
+    checkpoint_gradients,
+    default_cut_layer,
+)
 from lesft.step_messages import Limits
 from lesft.v1 import inference_pb2_grpc, model_pb2_grpc, training_pb2_grpc
 from lesft.weights import Checkpoint, FrontFile, front_fingerprint, load_back
@@ -250,6 +255,8 @@ def _load(settings: ServerSettings, checkpoint: Checkpoint) -> tuple[Back, RunSp
     log.info("loading layers from %d on of %s to %s", cut_layer, settings.model, device)
     model = load_back(checkpoint, cut_layer, dtype, device)
     attach_lora(model, spec.lora, spec.seed, cut_layer)
+    if settings.gradient_checkpointing:
+        checkpoint_gradients(model)
     return Back(model, spec, settings.precision, settings.logits_slice), spec
 
 

@@ -21,6 +21,12 @@ PROGRAM = Program(
             "lesft_testbed.comparison.compare:compare",
         ),
         Command(
+            "bench",
+            "measure what training costs, against alternatives and targets",
+            "lesft_testbed.bench.settings:BenchSettings",
+            "lesft_testbed.bench.bench:bench",
+        ),
+        Command(
             "serve",
             "offer the result of a run as an OpenAI-compatible endpoint",
             f"{_SETTINGS}:ServeSettings",

@@ -1,7 +1,9 @@
 """The folder that a command leaves its results in."""
 
+import fcntl
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lesft.errors import InvalidInput
@@ -28,3 +30,21 @@ def prepare_output(output: Path, ours: Collection[str], suffixes: Collection[str
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+@contextmanager
+def locked_output(output: Path, command: str, hint: str = "") -> Iterator[None]:
+    """Hold the folder for this process alone, making it first; the lock goes with the process.
+
+    Raises InvalidInput when another one has it; `hint` ends the message.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidInput(
+                f"--output {output} is in use by another {command}: wait for that one, or use "
+                f"another folder{hint}"
+            ) from None
+        yield

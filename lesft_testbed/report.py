@@ -44,6 +44,9 @@ class Report(BaseModel):
     """Mean -log P per target token of the same micro-batches, with dropout."""
     class_counts_by_round: list[tuple[int, int, int] | None]
     """Salient, sub-salient and irrelevant target tokens of all clients."""
+    seconds_by_round: list[float] = []
+    """From one round's end to the next one's, as the server has it; without a server by looking
+    twice a second."""
     heldout_nll_before: float | None
     """Mean -log P per held-out target token, given the base prompt; null where none is held out."""
     heldout_nll_after: float | None
@@ -114,6 +117,7 @@ def make_report(
         loss_by_round=[record["loss"] for record in rounds],
         nll_by_round=[record["nll"] for record in rounds],
         class_counts_by_round=[record["class_counts"] for record in rounds],
+        seconds_by_round=[record["seconds"] for record in rounds],
         heldout_nll_before=_held_out(results, "held_out_before"),
         heldout_nll_after=_held_out(results, "held_out_after"),
         **_of_questions(questions),

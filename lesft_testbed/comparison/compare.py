@@ -1,8 +1,6 @@
 """`lesft-testbed compare`: plan, run what is not finished, and show what came out."""
 
-import fcntl
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from lesft_testbed.comparison.terminal import COMPARISON_FILE, PAGE_FILE, Progre
 from lesft_testbed.comparison.wording import plural
 from lesft_testbed.default_model import NAME as DEFAULT_MODEL
 from lesft_testbed.default_model import default_model
+from lesft_testbed.output import locked_output
 
 _DEFAULT_MODEL_LAYERS = 30
 _NOT_RECORDED = {"config", "output", "cache", "jobs", "replace", "manifest_only", "collect"}
@@ -41,7 +40,7 @@ def compare(settings: CompareSettings) -> str:
     if settings.collect:
         comparison = _write_results(plan, settings)
         return closing_words(comparison, output)
-    with _locked(output):
+    with locked_output(output, "lesft-testbed compare", "; --collect shows what it has so far"):
         results = read_plan(plan, output)
         if not settings.replace:
             _refuse_to_replace(results, output)
@@ -65,21 +64,6 @@ def _layers(settings: CompareSettings, default_folder: str) -> dict[str, int]:
     found = {model: num_layers(model) for model in settings.models if model}
     known = {model: layers for model, layers in found.items() if layers}
     return {**LAYERS, default_folder: _DEFAULT_MODEL_LAYERS, **known}
-
-
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Hold the folder for this comparison alone; the lock goes with the process."""
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InvalidInput(
-                f"--output {output} is in use by another lesft-testbed compare: wait for that one, "
-                "or use another folder; --collect shows what it has so far"
-            ) from None
-        yield
 
 
 def _refuse_to_replace(results: PlannedResults, output: Path) -> None:

@@ -15,6 +15,7 @@ from lesft_testbed.comparison import compare as command
 from lesft_testbed.comparison import pictures, schedule
 from lesft_testbed.comparison.compare import compare
 from lesft_testbed.comparison.schedule import end_leftovers
+from lesft_testbed.output import locked_output
 from tests.comparison import fake_run
 from tests.comparison.harness import settings_of
 
@@ -253,7 +254,7 @@ def test_two_comparisons_cannot_share_a_folder_and_the_second_leaves_the_first_s
 ) -> None:
     run("--manifest-only")
     manifest = Path("out/manifest.txt").read_text()
-    with command._locked(Path("out")):
+    with locked_output(Path("out"), "lesft-testbed compare"):
         for more in ((), ("--manifest-only",)):
             with pytest.raises(InvalidInput, match="is in use by another"):
                 run(*more, methods="lesft")

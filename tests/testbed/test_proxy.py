@@ -9,31 +9,16 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from lesft_testbed.proxy import FaultProxy
+from tests.testbed.plain_sockets import (
+    PATIENCE_SECONDS,
+    Target,
+    connect_to,
+    receive,
+    wait_until,
+)
 
-PATIENCE_SECONDS = 10
 SILENCE_SECONDS = 0.3
 """How long nothing must come where nothing may come."""
-
-
-class Target:
-    """A service that keeps its accepted connections, in the order they came."""
-
-    def __init__(self) -> None:
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self._listening.settimeout(PATIENCE_SECONDS)
-        self.address = f"127.0.0.1:{self._listening.getsockname()[1]}"
-        self.accepted: list[socket.socket] = []
-
-    def accept(self) -> socket.socket:
-        connection, _ = self._listening.accept()
-        connection.settimeout(PATIENCE_SECONDS)
-        self.accepted.append(connection)
-        return connection
-
-    def close(self) -> None:
-        self._listening.close()
-        for connection in self.accepted:
-            connection.close()
 
 
 @pytest.fixture
@@ -56,23 +41,12 @@ def connect() -> Iterator[Callable[[FaultProxy], socket.socket]]:
     with contextlib.ExitStack() as stack:
 
         def connect(proxy: FaultProxy) -> socket.socket:
-            host, port = proxy.address.split(":")
-            connection = socket.create_connection((host, int(port)), PATIENCE_SECONDS)
-            return stack.enter_context(connection)
+            return stack.enter_context(connect_to(proxy.address))
 
         yield connect
 
 
 Connect = Callable[[FaultProxy], socket.socket]
-
-
-def receive(connection: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        chunk = connection.recv(count - len(data))
-        assert chunk, f"ended after {data!r}"
-        data += chunk
-    return data
 
 
 def is_silent(connection: socket.socket) -> bool:
@@ -91,13 +65,6 @@ def works(client: socket.socket, service: socket.socket) -> bool:
     client.sendall(b"question")
     service.sendall(b"answer")
     return receive(service, 8) == b"question" and receive(client, 6) == b"answer"
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 # ---------------------------------------------------------------------- nothing broken

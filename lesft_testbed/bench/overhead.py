@@ -1,0 +1,107 @@
+"""The part `overhead`: what splitting the model costs in time, and what the second path costs.
+
+A step is one round: all its micro-batches and the optimizer's step, the mean of the rounds after
+the first few. Split runs are real processes on loopback; nothing is averaged between the measured
+rounds, and no checkpoint taken, as none is in the whole model's.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lesft.errors import InternalError
+from lesft_testbed.bench.jobs import drawn_samples, run_program, run_training
+from lesft_testbed.bench.part import Alternative, Bench, Figure, ratio
+from lesft_testbed.report import Report
+
+SPLIT, WHOLE, DUAL = "splitlora", "whole", "lesft"
+_SAME_LOSS = 1e-3
+
+
+class Overhead:
+    """Time of a training step: split and whole, with one path and with both."""
+
+    name = "overhead"
+    about = (
+        "Seconds of a training step of one client: split between two processes, in one process "
+        "with plain peft and torch, and split with both paths."
+    )
+    depends_on = ("model", "data", "samples", "seed", "threads")
+    is_exact = False
+    figures = (
+        Figure(
+            "overhead_vs_whole",
+            "step of splitlora with one client on loopback / the same step in one process with "
+            "peft, as many threads in each process",
+            ratio(SPLIT, WHOLE, "step_seconds"),
+            1.08,
+        ),
+        Figure(
+            "dual_path_overhead",
+            "step of lesft / step of splitlora",
+            ratio(DUAL, SPLIT, "step_seconds"),
+            1.45,
+        ),
+    )
+
+    @contextmanager
+    def alternatives(self, bench: Bench) -> Iterator[Sequence[Alternative]]:
+        """Split, whole on the samples that it has drawn, and split with both paths."""
+        reports: list[Report] = []
+
+        def split() -> dict[str, float]:
+            reports.append(run_training(bench, f"split-{len(reports)}", options(bench, SPLIT)))
+            return _steps(bench, reports[-1].model_dump())
+
+        def whole() -> dict[str, float]:
+            answer = _run_whole(bench, reports[-1])
+            check_same_loss(answer["loss_by_round"][0], reports[-1].loss_by_round[0])
+            return _steps(bench, answer)
+
+        def dual() -> dict[str, float]:
+            report = run_training(bench, f"dual-{len(reports)}", options(bench, DUAL))
+            return _steps(bench, report.model_dump())
+
+        yield Alternative(SPLIT, split), Alternative(WHOLE, whole), Alternative(DUAL, dual)
+
+
+def options(bench: Bench, method: str) -> dict[str, Any]:
+    """Of the run of a method with one client, all of whose rounds are one interval."""
+    own = bench.settings.overhead
+    rounds = own.skipped_rounds + own.rounds
+    return {"method": method, "clients": 1, "rounds": rounds, "aggregation_interval": rounds}
+
+
+def _steps(bench: Bench, done: Mapping[str, Any]) -> dict[str, float]:
+    """The mean step, after the first rounds; and the loss of the first, to compare by eye."""
+    settled = done["seconds_by_round"][bench.settings.overhead.skipped_rounds :]
+    return {
+        "step_seconds": sum(settled) / len(settled),
+        "first_loss": done["loss_by_round"][0],
+    }
+
+
+def _run_whole(bench: Bench, report: Report) -> dict[str, Any]:
+    """The same rounds on the same samples in one process."""
+    settings, drawn = report.settings, drawn_samples(bench, report)
+    windows = [
+        [sample for [samples] in window for sample in samples] for window in drawn["micro_batches"]
+    ]
+    request = {
+        "model": bench.model,
+        "threads": bench.settings.num_threads,
+        "lora": settings["lora"],
+        "optimizer": settings["optimizer"],
+        "windows": windows,
+    }
+    return run_program(bench, "whole", "whole_model", request)
+
+
+def check_same_loss(whole: float, split: float) -> None:
+    """Fresh adapters change nothing yet: both must begin with the same loss on the same samples."""
+    if not math.isclose(whole, split, rel_tol=_SAME_LOSS):
+        raise InternalError(
+            f"the whole model begins with loss {whole:.5f} and the split one with {split:.5f}: "
+            "they do not train on the same"
+        )

@@ -1,0 +1,91 @@
+"""The part `wire`: bytes between clients and services, against the paper's protocol.
+
+The paper gives no byte counts and no formula; its protocol is METHOD section 3, steps 2, 3 and 6:
+each client uploads S_i and S~_i, the server concatenates all clients' activations and runs its part
+on them, and the gradient of both is returned. What is concatenated must be of one length, so the
+padding unit is the cohort's micro-batch: all clients' sequences of one (round, micro-batch) and one
+path, as long as the longest of them. Two bytes a number. Labels, adapters, headers and calls are
+not counted for the paper's protocol, and are for ours.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from lesft_testbed.bench.jobs import drawn_samples, run_training
+from lesft_testbed.bench.part import Alternative, Bench, Figure, ratio
+from lesft_testbed.report import Report
+
+_BYTES_PER_NUMBER = 2
+_DIRECTIONS = 2
+
+MicroBatch = Sequence[Sequence[Mapping[str, Sequence[int]]]]
+"""Client, sample: token ids of `base`, `reference` and `target`."""
+
+
+class Wire:
+    """Bytes that all clients send and receive in an epoch."""
+
+    name = "wire"
+    about = "Bytes per epoch at default settings, against the paper's protocol for these samples."
+    depends_on = ("model", "data", "samples", "seed")
+    is_exact = True
+    figures = (
+        Figure(
+            "wire_ratio_default",
+            "all bytes of an epoch at default settings / fp16 activations and gradients of both "
+            "paths in both directions, padded",
+            ratio("default", "paper", "bytes_per_epoch"),
+            0.35,
+        ),
+    )
+
+    @contextmanager
+    def alternatives(self, bench: Bench) -> Iterator[Sequence[Alternative]]:
+        """A real run at default settings, and the paper's bytes for what that run has drawn."""
+        reports: list[Report] = []
+
+        def default() -> dict[str, float]:
+            own = bench.settings.wire
+            options = {"clients": own.clients, "epochs": own.epochs}
+            report = run_training(bench, f"wire-{len(reports)}", options)
+            reports.append(report)
+            return counted(report)
+
+        def paper() -> dict[str, float]:
+            drawn = drawn_samples(bench, reports[-1])
+            micro_batches = [each for window in drawn["micro_batches"] for each in window]
+            total = paper_bytes(micro_batches, drawn["hidden_size"])
+            return {"bytes_per_epoch": total / epochs(reports[-1])}
+
+        yield Alternative("default", default), Alternative("paper", paper)
+
+
+def counted(report: Report) -> dict[str, float]:
+    """What the clients counted, per epoch: all of it, and by direction and kind."""
+    passes = epochs(report)
+    ways = {
+        f"{way}_bytes_per_epoch": sum(kind[way] for kind in report.wire.values()) / passes
+        for way in ("up", "down")
+    }
+    kinds = {
+        f"{kind}_bytes_per_epoch": (sizes["up"] + sizes["down"]) / passes
+        for kind, sizes in report.wire.items()
+    }
+    return {"bytes_per_epoch": sum(ways.values()), **ways, **kinds}
+
+
+def epochs(report: Report) -> float:
+    """Passes over the clients' samples that a run has made; the last may be a part of one."""
+    drawn = report.rounds * report.settings["accumulation"] * report.settings["batch_size"]
+    return float(drawn * report.clients / sum(report.samples_by_client))
+
+
+def paper_bytes(micro_batches: Sequence[MicroBatch], hidden_size: int) -> int:
+    """Bytes of the paper's protocol for these cohort micro-batches; see the module."""
+    tokens = 0
+    for micro_batch in micro_batches:
+        samples = [sample for client in micro_batch for sample in client]
+        for path in ("base", "reference"):
+            longest = max(len(sample[path]) + len(sample["target"]) for sample in samples)
+            tokens += longest * len(samples)
+    return tokens * hidden_size * _BYTES_PER_NUMBER * _DIRECTIONS
