@@ -19,7 +19,7 @@ from tests.processes.harness import save_model_with_tokenizer
 from tests.testbed.running import write_data
 from tests.tiny_models import HIDDEN_SIZE
 
-SAMPLES, CLIENTS, EPOCHS = 4, 2, 2
+SAMPLES, CLIENTS, EPOCHS = 4, 1, 2
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def settings_in(folder: Path, model: Path, data: Path) -> BenchSettings:
 
 
 def lengths(model: Path, data: Path) -> dict[str, list[int]]:
-    """Base, reference and target tokens of all samples of an epoch, of both clients."""
+    """Base, reference and target tokens of all samples of an epoch, of all clients."""
     drawn = load_samples(str(data), "train", CLIENTS * SAMPLES, 0)
     tokenizer = load_tokenizer(str(model))
     samples = []
