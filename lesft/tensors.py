@@ -91,7 +91,10 @@ def decode_encoded(
             continue
         for part_name, part in zip((name, _scale(name)), layout(*shape, encoding), strict=True):
             expected[part_name] = _spec_of(part)
-    return _dequantized(decode_tensors(data, expected), encoding)
+    tensors = _dequantized(decode_tensors(data, expected), encoding)
+    for name in shapes:
+        _check_finite(name, tensors[name])  # again: a scale may be finite and the values not
+    return tensors
 
 
 def load_encoded(data: bytes, encoding: Encoding) -> dict[str, torch.Tensor]:

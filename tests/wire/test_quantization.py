@@ -143,6 +143,16 @@ def test_scales_that_are_no_numbers_are_refused() -> None:
         decode_encoded(data, {"base": (40, 64)}, "int8")
 
 
+@pytest.mark.parametrize("encoding", ["int8", "int4"])
+def test_finite_scales_of_values_that_are_not_are_refused(encoding: str) -> None:
+    """Infinities of both signs would meet as NaN, which is larger than nothing."""
+    codes, scales = (part.clone() for part in quantize(activations(64)[4:6], encoding))
+    scales[0] = torch.finfo(torch.bfloat16).max
+    data = encode_tensors({"base": codes, "base.scale": scales}, "raw")
+    with pytest.raises(BundleError, match=r"tensor 'base' has values that are NaN or infinite"):
+        decode_encoded(data, {"base": (2, 64)}, encoding)  # type: ignore[arg-type]
+
+
 def test_int4_of_an_odd_width_is_refused() -> None:
     message = "int4 needs an even hidden size, got 7: choose int8"
     with pytest.raises(InvalidInput, match=f"^{message}$"):
