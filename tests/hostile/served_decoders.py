@@ -1,6 +1,7 @@
 """What server and aggregator decode of what a client sends: one hostile message after another."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -19,7 +20,7 @@ from lesft.inference_messages import (
     step_to_message,
 )
 from lesft.micro_batch import StepKey
-from lesft.spec import PROTOCOL_VERSION, RunSpec
+from lesft.spec import PROTOCOL_VERSION, Encoding, RunSpec
 from lesft.spec_messages import encoding_to_message
 from lesft.step_messages import (
     MAX_ACTIVATION,
@@ -119,16 +120,18 @@ def train_opening(random: Random) -> None:
     assert len(request.open.client_id) <= 64
 
 
-def micro_batch(random: Random) -> None:
+def micro_batch(random: Random, encoding: Encoding = "raw") -> None:
     """Micro-batch of a client that trains."""
-    header, data = micro_batch_to_message(make_batch(StepKey(0, 0)), "raw")
+    spec = SPEC.model_copy(update={"activation_encoding": encoding})
+    limits = Limits(spec, HIDDEN_SIZE, VOCAB_SIZE)
+    header, data = micro_batch_to_message(make_batch(StepKey(0, 0)), encoding)
     data = lying_safetensors(random, data)
     header = _header(random, training_pb2.TrainRequest(micro_batch=header)).micro_batch
     header.bundle.CopyFrom(_announced(random, data))
-    check_samples(header, SPEC, 10)
-    check_lengths(header, LIMITS)
-    data = transferred(random, header.bundle, data, LIMITS.bundle_bytes(header))
-    batch = micro_batch_from_message(header, data, LIMITS)
+    check_samples(header, spec, 10)
+    check_lengths(header, limits)
+    data = transferred(random, header.bundle, data, limits.bundle_bytes(header))
+    batch = micro_batch_from_message(header, data, limits)
     assert batch.reference is not None
     for path in (batch.base, batch.reference):
         assert path.activations_ND.shape == (sum(path.lengths), HIDDEN_SIZE)
@@ -284,6 +287,8 @@ def served_decoders(folder: Path) -> dict[str, Decoder]:
     return {
         "Train: open": train_opening,
         "Train: micro_batch": micro_batch,
+        "Train: micro_batch, int8": partial(micro_batch, encoding="int8"),
+        "Train: micro_batch, int4": partial(micro_batch, encoding="int4"),
         "Train: micro_batch, frozen front": FrozenMicroBatch(folder),
         "Train: held_out": held_out,
         "Generate: open": sequence_opening,
