@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 
 from lesft.bundle import check_header
 from lesft.errors import BundleError
-from lesft.quantization import QUANTIZED, Part, dequantize, layout, quantize
+from lesft.quantization import QUANTIZED, dequantize, layout, quantize
 from lesft.spec import Encoding
 
 HEADER_BYTES = 4096
@@ -84,16 +84,17 @@ def decode_encoded(
 
     On the CPU; float32, or bfloat16 where that travelled. Raises BundleError as `decode_tensors`.
     """
+    if encoding not in QUANTIZED:
+        dtypes = encoded_dtypes(encoding)
+        plain = {name: TensorSpec(shape, dtypes) for name, shape in shapes.items()}
+        return decode_tensors(data, {**others, **plain})
     expected = dict(others)
     for name, shape in shapes.items():
-        if encoding not in QUANTIZED:
-            expected[name] = TensorSpec(shape, encoded_dtypes(encoding))
-            continue
         for part_name, part in zip((name, _scale(name)), layout(*shape, encoding), strict=True):
-            expected[part_name] = _spec_of(part)
+            expected[part_name] = TensorSpec(part.shape, (part.dtype,))
     tensors = _dequantized(decode_tensors(data, expected), encoding)
     for name in shapes:
-        _check_finite(name, tensors[name])  # again: a scale may be finite and the values not
+        _check_finite(name, tensors[name])  # a scale may be finite and the values not
     return tensors
 
 
@@ -109,10 +110,6 @@ def _dequantized(parts: Mapping[str, torch.Tensor], encoding: Encoding) -> dict[
         for name, part in parts.items()
         if name not in scales
     }
-
-
-def _spec_of(part: Part) -> TensorSpec:
-    return TensorSpec(part.shape, (part.dtype,))
 
 
 def encoded_dtypes(encoding: Encoding) -> tuple[torch.dtype, ...]:

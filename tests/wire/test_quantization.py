@@ -5,6 +5,7 @@ import torch
 
 from lesft.errors import BundleError, InvalidInput
 from lesft.quantization import dequantize, layout, quantize
+from lesft.spec import Encoding
 from lesft.tensors import (
     TensorSpec,
     decode_encoded,
@@ -29,11 +30,11 @@ def activations(width: int, rows: int = 40) -> torch.Tensor:
     return values_ND
 
 
-def there_and_back(values_ND: torch.Tensor, encoding: str) -> torch.Tensor:
+def there_and_back(values_ND: torch.Tensor, encoding: Encoding) -> torch.Tensor:
     return dequantize(*quantize(values_ND, encoding), encoding)
 
 
-def error(values_ND: torch.Tensor, encoding: str) -> float:
+def error(values_ND: torch.Tensor, encoding: Encoding) -> float:
     """Relative, by the norms of all rows but the odd ones."""
     back_ND = there_and_back(values_ND, encoding)[4:]
     return float((back_ND - values_ND[4:]).norm() / values_ND[4:].norm())
@@ -57,13 +58,13 @@ def test_a_large_channel_costs_the_others_little() -> None:
 
 @pytest.mark.parametrize("encoding", ["int8", "int4"])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_what_was_quantised_once_stays_as_it_is_bit_for_bit(width: int, encoding: str) -> None:
+def test_what_was_quantised_once_stays_as_it_is_bit_for_bit(width: int, encoding: Encoding) -> None:
     first_ND = there_and_back(activations(width), encoding)
     assert torch.equal(there_and_back(first_ND, encoding), first_ND)
 
 
 @pytest.mark.parametrize("encoding", ["int8", "int4"])
-def test_a_row_is_the_same_in_any_batch(encoding: str) -> None:
+def test_a_row_is_the_same_in_any_batch(encoding: Encoding) -> None:
     values_ND = activations(576, rows=300)
     whole_ND = there_and_back(values_ND, encoding)
     for row in (4, 17, 299):
@@ -71,7 +72,7 @@ def test_a_row_is_the_same_in_any_batch(encoding: str) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["int8", "int4"])
-def test_zeros_stay_zeros_and_no_rows_are_no_rows(encoding: str) -> None:
+def test_zeros_stay_zeros_and_no_rows_are_no_rows(encoding: Encoding) -> None:
     assert there_and_back(torch.zeros(2, 64), encoding).tolist() == torch.zeros(2, 64).tolist()
     assert there_and_back(torch.empty(0, 64), encoding).shape == (0, 64)
 
@@ -96,7 +97,9 @@ def test_int4_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("encoding", "bytes_a_row"), [("int8", 576 + 18), ("int4", 288 + 18)])
-def test_bytes_are_those_of_the_layout_and_of_the_bundle(encoding: str, bytes_a_row: int) -> None:
+def test_bytes_are_those_of_the_layout_and_of_the_bundle(
+    encoding: Encoding, bytes_a_row: int
+) -> None:
     values_ND = activations(576)
     codes, scales = quantize(values_ND, encoding)
     parts = layout(40, 576, encoding)
@@ -105,28 +108,31 @@ def test_bytes_are_those_of_the_layout_and_of_the_bundle(encoding: str, bytes_a_
         (scales.shape, scales.dtype),
     ]
     assert sum(part.num_bytes for part in parts) == 40 * bytes_a_row
-    assert encoded_bytes(40, 576, encoding) == 40 * bytes_a_row  # type: ignore[arg-type]
-    data = encode_tensors({"base": values_ND}, encoding)  # type: ignore[arg-type]
+    assert encoded_bytes(40, 576, encoding) == 40 * bytes_a_row
+    data = encode_tensors({"base": values_ND}, encoding)
     assert 40 * bytes_a_row < len(data) < 40 * bytes_a_row + 200
 
 
 @pytest.mark.parametrize("encoding", ["int8", "int4"])
-def test_a_bundle_holds_codes_and_scales_and_comes_back_as_values(encoding: str) -> None:
+def test_a_bundle_holds_codes_and_scales_and_comes_back_as_values(encoding: Encoding) -> None:
     values_ND, ids_T = activations(64), torch.tensor([3, 1], dtype=torch.int32)
-    data = encode_tensors({"base": values_ND, "targets": ids_T}, encoding)  # type: ignore[arg-type]
+    data = encode_tensors({"base": values_ND, "targets": ids_T}, encoding)
     others = {"targets": TensorSpec((2,), (torch.int32,))}
-    decoded = decode_encoded(data, {"base": (40, 64)}, encoding, others)  # type: ignore[arg-type]
+    decoded = decode_encoded(data, {"base": (40, 64)}, encoding, others)
     assert decoded.keys() == {"base", "targets"}
     assert torch.equal(decoded["base"], there_and_back(values_ND, encoding))
     assert decoded["targets"].tolist() == [3, 1]
-    loaded = load_encoded(data, encoding)  # type: ignore[arg-type]
+    loaded = load_encoded(data, encoding)
     assert loaded.keys() == decoded.keys()
     assert torch.equal(loaded["base"], decoded["base"])
 
 
 def test_another_encoding_than_the_one_agreed_on_is_refused() -> None:
     values_ND = activations(64)
-    raw, int8 = (encode_tensors({"base": values_ND}, encoding) for encoding in ("raw", "int8"))
+    raw, int8 = (
+        encode_tensors({"base": values_ND}, "raw"),
+        encode_tensors({"base": values_ND}, "int8"),
+    )
     with pytest.raises(BundleError, match=r"missing: 'base\.scale'"):
         decode_encoded(raw, {"base": (40, 64)}, "int8")
     with pytest.raises(BundleError, match=r"not expected: 'base\.scale'"):
@@ -144,13 +150,13 @@ def test_scales_that_are_no_numbers_are_refused() -> None:
 
 
 @pytest.mark.parametrize("encoding", ["int8", "int4"])
-def test_finite_scales_of_values_that_are_not_are_refused(encoding: str) -> None:
+def test_finite_scales_of_values_that_are_not_are_refused(encoding: Encoding) -> None:
     """Infinities of both signs would meet as NaN, which is larger than nothing."""
     codes, scales = (part.clone() for part in quantize(activations(64)[4:6], encoding))
     scales[0] = torch.finfo(torch.bfloat16).max
     data = encode_tensors({"base": codes, "base.scale": scales}, "raw")
     with pytest.raises(BundleError, match=r"tensor 'base' has values that are NaN or infinite"):
-        decode_encoded(data, {"base": (2, 64)}, encoding)  # type: ignore[arg-type]
+        decode_encoded(data, {"base": (2, 64)}, encoding)
 
 
 def test_int4_of_an_odd_width_is_refused() -> None:
