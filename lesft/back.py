@@ -18,6 +18,8 @@ from lesft.errors import InvalidInput
 from lesft.loss import sample_token_weights, slice_log_probs
 from lesft.micro_batch import Path, StepKey, StepResult, Targets, at_predictors, pad
 from lesft.optimizer import Optimizer
+from lesft.sample_memory import PREFIX as REMEMBERED
+from lesft.sample_memory import SampleMemory
 from lesft.seeds import derive_seed
 from lesft.spec import RunSpec
 from lesft.split import back_hidden, head_logits
@@ -34,18 +36,26 @@ class Back:
         precision: Precision = "fp32",
         logits_slice: int = 1024,
         dropout_role: str = "server",
+        memory: SampleMemory | None = None,
     ) -> None:
         """`model` is frozen but for its adapters; logits are made `logits_slice` tokens a time.
 
-        Dropout is drawn by the role's name, beside the run's seed and the step.
+        Dropout is drawn by the role's name, beside the run's seed and the step. `memory` is a new
+        one of its own, unless given.
         """
         self.model = model
         self.spec = spec
         self.optimizer = Optimizer(lora_parameters(model), spec.optimizer, spec.rounds)
+        self.memory = memory or SampleMemory()
+        """What need not be sent again; empty where all is taken anew in each step."""
         self._precision = precision
         self._logits_slice = logits_slice
         self._dropout_role = dropout_role
         self._untuned = False
+
+    def with_model(self, model: PreTrainedModel, spec: RunSpec) -> "Back":
+        """A back that computes as this one, with optimizer and memory of its own."""
+        return Back(model, spec, self._precision, self._logits_slice, self._dropout_role)
 
     # ------------------------------------------------------------------ the training step
 
@@ -62,9 +72,8 @@ class Back:
         ids_T = batch.targets.ids_T
 
         reference_TD = reference_log_probs_T = None
-        if batch.reference is not None:
-            reference_TD = self._hidden(batch.reference, batch.targets, loss.trains_reference)
-            reference_log_probs_T = self._log_probs(reference_TD, ids_T)
+        if loss.needs_reference:
+            reference_TD, reference_log_probs_T = self._reference(batch)
         seed = derive_seed(self.spec.seed, self._dropout_role, key.round, key.micro)
         torch.manual_seed(seed)
         base_TD = self._hidden(batch.base, batch.targets, grad=True, dropout=True)
@@ -87,6 +96,8 @@ class Back:
                 reference_TD, ids_T, loss.reference_nll_weight * scales_T
             )
             losses_T = losses_T - loss.reference_nll_weight * reference_log_probs_T
+        if reference_log_probs_T is not None:
+            batch.remember(reference_log_probs_T)
         if key.micro == self.spec.accumulation - 1:
             self.optimizer.step()
 
@@ -94,6 +105,14 @@ class Back:
         return batch.results(key, TokenTerms(losses_T, log_probs_T, classes_T))
 
     # ------------------------------------------------------------------ its pieces
+
+    def _reference(self, batch: CohortBatch) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Hidden states where log P~ is not known yet, if that is anywhere; log P~ `[T]` of all."""
+        if batch.reference is None:
+            return None, batch.with_known(None)
+        targets = batch.reference_targets
+        hidden_TD = self._hidden(batch.reference, targets, self.spec.loss.trains_reference)
+        return hidden_TD, batch.with_known(self._log_probs(hidden_TD, targets.ids_T))
 
     def _hidden(
         self, path: Path, targets: Targets, grad: bool, dropout: bool = False
@@ -154,12 +173,16 @@ class Back:
     # ------------------------------------------------------------------ checkpoints
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Φ and its optimizer between two rounds; see `lesft.training_state`."""
-        return training_state(self.model, self.spec.cut_layer, self.optimizer)
+        """Φ, its optimizer and its memory between two rounds; see `lesft.training_state`."""
+        state = training_state(self.model, self.spec.cut_layer, self.optimizer)
+        return state | self.memory.state()
 
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Go on from a `state`. Raises BundleError for one that is not this back's."""
-        load_training_state(self.model, self.spec.cut_layer, self.optimizer, tensors)
+        remembered = {name: t for name, t in tensors.items() if name.startswith(REMEMBERED)}
+        own = {name: tensor for name, tensor in tensors.items() if name not in remembered}
+        load_training_state(self.model, self.spec.cut_layer, self.optimizer, own)
+        self.memory.load_state(remembered)
 
     # ------------------------------------------------------------------ held-out likelihood
 
@@ -204,10 +227,12 @@ def _check_finite(
     The activations themselves count too: no hidden state need depend on those of the last token,
     which predicts nothing, but the adapters' gradient would.
     """
-    for part, rows in zip(batch.parts, batch.token_rows(), strict=True):
+    for part, rows, reference_rows in zip(
+        batch.parts, batch.token_rows(), batch.reference_rows(), strict=True
+    ):
         tensors = [part.micro_batch.base.activations_ND, base_TD[rows]]
         if part.micro_batch.reference is not None and reference_TD is not None:
-            tensors += [part.micro_batch.reference.activations_ND, reference_TD[rows]]
+            tensors += [part.micro_batch.reference.activations_ND, reference_TD[reference_rows]]
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             raise InvalidInput(
                 f"client {part.client_id!r}: its activations of {part.micro_batch.key} are or lead "

@@ -5,20 +5,31 @@ Shape letters: N tokens of the whole batch, T its target tokens, D width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from lesft.loss import TokenClass
 from lesft.micro_batch import MicroBatch, Path, StepKey, StepResult, Targets
+from lesft.sample_memory import ClientMemory
 
 
 @dataclass(frozen=True)
 class Part:
-    """One client's micro-batch within a cohort and that client's share |D_i| / |D| of its data."""
+    """One client's micro-batch within a cohort and that client's share |D_i| / |D| of its data.
+
+    Where it names its samples, what the step finds of them goes into `memory`.
+    """
 
     client_id: str
     micro_batch: MicroBatch
     share: float
+    memory: ClientMemory | None = None
+
+    @property
+    def known(self) -> Sequence[torch.Tensor | None]:
+        """Of each sample: log P~ `[T]` where it is known."""
+        return self.micro_batch.known_log_probs or [None] * len(self.micro_batch.targets.lengths)
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,34 @@ class CohortBatch:
             torch.cat([batch.targets.ids_T for batch in batches]).to(device),
             tuple(length for batch in batches for length in batch.targets.lengths),
         )
+        self._known = [log_probs_T for part in parts for log_probs_T in part.known]
+
+    @property
+    def reference_targets(self) -> Targets:
+        """The targets of the samples that `reference` is of."""
+        ids = self._by_sample(self.targets.ids_T)
+        unknown = [ids_T for ids_T, known in zip(ids, self._known, strict=True) if known is None]
+        return Targets(torch.cat(unknown), tuple(len(ids_T) for ids_T in unknown))
+
+    def with_known(self, found_T: torch.Tensor | None) -> torch.Tensor:
+        """log P~ `[T]` of all target tokens: what was found for `reference_targets`, and known."""
+        found = iter(
+            () if found_T is None else torch.split(found_T, list(self.reference_targets.lengths))
+        )
+        device = self.targets.ids_T.device
+        return torch.cat(
+            [next(found) if known is None else known.to(device) for known in self._known]
+        )
+
+    def remember(self, log_probs_T: torch.Tensor) -> None:
+        """Each client's log P~ into its memory, where it has one."""
+        for part, rows in zip(self.parts, self.token_rows(), strict=True):
+            if part.memory is not None:
+                lengths = list(part.micro_batch.targets.lengths)
+                part.memory.keep(part.micro_batch, torch.split(log_probs_T[rows], lengths))
+
+    def _by_sample(self, values_T: torch.Tensor) -> Sequence[torch.Tensor]:
+        return torch.split(values_T, list(self.targets.lengths))
 
     def token_scales(self) -> torch.Tensor:
         """`[T]` float32: the factor of each token's term, share_i / (B_i |y|) (eq. 1 and 17)."""
@@ -61,9 +100,22 @@ class CohortBatch:
 
     def token_rows(self) -> list[slice]:
         """Each client's rows of the target tokens."""
-        counts = [sum(part.micro_batch.targets.lengths) for part in self.parts]
-        stops = [sum(counts[: i + 1]) for i in range(len(counts))]
-        return [slice(stop - count, stop) for count, stop in zip(counts, stops, strict=True)]
+        return _rows([sum(part.micro_batch.targets.lengths) for part in self.parts])
+
+    def reference_rows(self) -> list[slice]:
+        """Each client's rows of `reference_targets`."""
+        return _rows(
+            [
+                sum(
+                    length
+                    for length, known in zip(
+                        part.micro_batch.targets.lengths, part.known, strict=True
+                    )
+                    if known is None
+                )
+                for part in self.parts
+            ]
+        )
 
     def results(self, key: StepKey, terms: TokenTerms) -> list[StepResult]:
         """Each client's losses and its rows of the activations' gradients (step 6), if any."""
@@ -90,6 +142,11 @@ class CohortBatch:
         if gradient_ND is None:
             return [None] * len(self.parts)
         return torch.split(gradient_ND, [sum(path.lengths) for path in paths if path is not None])
+
+
+def _rows(counts: Sequence[int]) -> list[slice]:
+    stops = list(accumulate(counts))
+    return [slice(stop - count, stop) for count, stop in zip(counts, stops, strict=True)]
 
 
 def concatenate(paths: Sequence[Path], device: torch.device, grad: bool) -> Path:

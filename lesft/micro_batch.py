@@ -54,8 +54,11 @@ class Targets:
 class MicroBatch:
     """One client's part of one step. `reference` is there when the loss needs it.
 
-    Where clients do not train, `samples` numbers all its samples, and on its way to the server the
-    paths and targets are only of those `enclosed`: the server holds the others.
+    Where the server holds something of the samples, `samples` numbers all of the micro-batch, and
+    on its way there what it holds is only of those `enclosed`: where clients do not train, that is
+    all, else `targets` and `reference`. What completes it fills in the rest. Of the reference path
+    it may know what comes of it: `known_log_probs` then has an entry for each sample, log P~ `[T]`
+    of its target tokens (float32, on the CPU), or None for those that `reference` is of.
     """
 
     key: StepKey
@@ -64,6 +67,7 @@ class MicroBatch:
     targets: Targets
     samples: tuple[int, ...] = ()
     enclosed: tuple[int, ...] = ()
+    known_log_probs: tuple[torch.Tensor | None, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,20 @@ spec, hands it to each client, and nobody changes it in mid-run.
 import hashlib
 import json
 import re
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Encoding = Literal["raw", "bf16", "int8", "int4"]
 """How activations or gradients travel: as they are computed, or rounded to bfloat16."""
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 """What a client's name may be."""
+
+REFRESH_WORDS = {"every_step": 1, "every_epoch": 1, "once": 0}
+"""Of `reference_refresh`. A sample is drawn once an epoch, so the first two are the same."""
 
 MAX_NUM_SAMPLES = 1 << 40
 """More samples than any data set has: a client that claimed more would have all the weight, and
@@ -73,6 +76,37 @@ class LossSpec(_Spec):
     reference_nll_weight: float = Field(
         0.0, ge=0, description="Weight of a plain -log P on the reference path."
     )
+    reference_refresh: int = Field(
+        1,
+        ge=0,
+        description="Epochs for which a sample's reference probabilities hold, remembered by the "
+        "server: 1 (every_step) takes them anew whenever it is drawn, 0 (once) never again.",
+    )
+
+    @field_validator("reference_refresh", mode="before")
+    @classmethod
+    def _words_stand_for_epochs(cls, value: Any) -> Any:
+        return REFRESH_WORDS.get(value, value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _can_remember(self) -> "LossSpec":
+        if self.remembers_reference and self.trains_reference:
+            raise ValueError(
+                "reference_nll_weight trains the reference path, whose gradient needs its "
+                "activations each time: leave reference_refresh at every_step, got "
+                f"{self.reference_refresh}"
+            )
+        return self
+
+    @property
+    def remembers_reference(self) -> bool:
+        """Whether reference probabilities are used again after the step that they were made in."""
+        return self.needs_reference and self.reference_refresh != 1
+
+    def forgets_before(self, epoch: int) -> bool:
+        """Whether remembered reference probabilities hold no longer when an epoch begins."""
+        anew = self.reference_refresh > 0 and epoch % self.reference_refresh == 0
+        return self.remembers_reference and anew
 
     @property
     def needs_reference(self) -> bool:
@@ -152,6 +186,21 @@ class RunOptions(_Spec):
                 f"--quorum must be at most --clients ({self.clients}), got {self.quorum}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _remembers_what_changes(self) -> "RunOptions":
+        if self.loss.remembers_reference and not self.train_front:
+            raise ValueError(
+                "loss.reference_refresh is for clients that train; of those that do not, the "
+                "server keeps both paths' activations: leave it at every_step, got "
+                f"{self.loss.reference_refresh}"
+            )
+        return self
+
+    @property
+    def names_samples(self) -> bool:
+        """Whether clients say which samples a micro-batch is of, for the server to hold some."""
+        return self.loss.remembers_reference or not self.train_front
 
     @property
     def required(self) -> int:

@@ -51,7 +51,7 @@ def micro_batch_to_message(
     batch: MicroBatch, encoding: Encoding
 ) -> tuple[training_pb2.MicroBatch, bytes]:
     """The header and the bundle of a micro-batch; no bundle where the server holds it all."""
-    data = encode_batch(batch, encoding) if batch.targets.lengths else b""
+    data = encode_batch(batch, encoding) if batch.base.lengths else b""
     return training_pb2.MicroBatch(
         round=batch.key.round,
         micro=batch.key.micro,
@@ -86,7 +86,10 @@ def held_out_to_message(
 
 
 def _sample_tensors(base: Path, targets: Targets) -> dict[str, torch.Tensor]:
-    return {"base": base.activations_ND, "targets": targets.ids_T.to(torch.int32)}
+    tensors = {"base": base.activations_ND}
+    if targets.lengths:
+        tensors["targets"] = targets.ids_T.to(torch.int32)
+    return tensors
 
 
 # ---------------------------------------------------------------------- micro-batch, server side
@@ -102,9 +105,12 @@ def _as_it_is(name: str, activations_ND: torch.Tensor) -> torch.Tensor:
 def check_lengths(header: training_pb2.MicroBatch | training_pb2.HeldOut, limits: Limits) -> None:
     """Check a header's lengths. Raises InvalidInput or TooLarge.
 
-    Those of a micro-batch without anything enclosed are for `check_samples`.
+    Those of a micro-batch without a bundle, and which samples it is of, are for `check_samples`.
     """
     spec = limits.spec
+    if isinstance(header, training_pb2.MicroBatch) and spec.loss.remembers_reference:
+        _check_remembered_lengths(header, spec)
+        return
     samples = len(header.target_lengths)
     if not 1 <= samples <= spec.batch_size:
         raise InvalidInput(
@@ -125,10 +131,10 @@ def check_lengths(header: training_pb2.MicroBatch | training_pb2.HeldOut, limits
 
 def check_samples(header: training_pb2.MicroBatch, spec: RunSpec, num_samples: int) -> None:
     """Check which of a client's `num_samples` samples a micro-batch is of. Raises InvalidInput."""
-    if spec.train_front:
+    if not spec.names_samples:
         if header.samples or header.enclosed:
             raise InvalidInput(
-                "samples must be empty: in this run clients train, and send all activations anew"
+                "samples must be empty: in this run clients send all of each micro-batch anew"
             )
         return
     if not 1 <= len(header.samples) <= spec.batch_size:
@@ -155,6 +161,38 @@ def check_samples(header: training_pb2.MicroBatch, spec: RunSpec, num_samples: i
         )
 
 
+def _check_remembered_lengths(header: training_pb2.MicroBatch, spec: RunSpec) -> None:
+    """Base lengths of all samples, the others of those enclosed; `samples` is checked already.
+
+    Whether a sample that is remembered is long enough for its target, its memory knows.
+    """
+    if len(header.base_lengths) != len(header.samples):
+        raise InvalidInput(
+            f"base_lengths must have one entry per sample ({len(header.samples)}), got "
+            f"{len(header.base_lengths)}"
+        )
+    for length in header.base_lengths:
+        _check_length("base_lengths", length, spec.max_length)
+    by_number = dict(zip(header.samples, header.base_lengths, strict=True))
+    enclosed = [by_number[number] for number in header.enclosed]
+    _check_path("base_lengths", enclosed, header.target_lengths, spec.max_length)
+    _check_path(
+        "reference_lengths", header.reference_lengths, header.target_lengths, spec.max_length
+    )
+
+
+def _check_length(name: str, length: int, max_length: int) -> None:
+    if length > max_length:
+        raise TooLarge(
+            f"{name}: a sequence of {length} tokens, but the run's max_length is {max_length}: "
+            "skip the sample or raise --max-length on the server"
+        )
+    if length < 2:
+        raise InvalidInput(
+            f"{name}: a sequence must have at least 2 tokens, prompt and target, got {length}"
+        )
+
+
 def _check_path(
     name: str, lengths: Sequence[int], target_lengths: Sequence[int], max_length: int
 ) -> None:
@@ -163,15 +201,7 @@ def _check_path(
             f"{name} must have one entry per sample ({len(target_lengths)}), got {len(lengths)}"
         )
     for length, target in zip(lengths, target_lengths, strict=True):
-        if length > max_length:
-            raise TooLarge(
-                f"{name}: a sequence of {length} tokens, but the run's max_length is {max_length}: "
-                "skip the sample or raise --max-length on the server"
-            )
-        if length < 2:
-            raise InvalidInput(
-                f"{name}: a sequence must have at least 2 tokens, prompt and target, got {length}"
-            )
+        _check_length(name, length, max_length)
         if not 1 <= target < length:
             raise InvalidInput(
                 f"target_lengths: a target must have 1 to {length - 1} of its sequence's {length} "
@@ -189,7 +219,7 @@ def micro_batch_from_message(
     """
     key = StepKey(header.round, header.micro)
     samples, enclosed = tuple(header.samples), tuple(header.enclosed)
-    if not header.target_lengths:  # the server holds them all
+    if not header.base_lengths:  # the server holds them all
         nothing = Path(torch.empty(0, limits.hidden_size), ())
         targets = Targets(torch.empty(0, dtype=torch.long), ())
         return MicroBatch(key, nothing, None, targets, samples, enclosed)
@@ -225,11 +255,12 @@ def _decode_samples(
 ) -> dict[str, torch.Tensor]:
     shapes = {name: (sum(lengths), limits.hidden_size) for name, lengths in paths.items()}
     targets = {"targets": TensorSpec((sum(target_lengths),), (torch.int32,))}
-    tensors = decode_encoded(data, shapes, limits.spec.activation_encoding, targets)
+    others = targets if target_lengths else {}
+    tensors = decode_encoded(data, shapes, limits.spec.activation_encoding, others)
     for name in paths:
         check_magnitude(name, tensors[name])
         tensors[name] = admit(name, tensors[name])
-    ids_T = tensors["targets"].long()
+    ids_T = tensors["targets"].long() if target_lengths else torch.empty(0, dtype=torch.long)
     outside = ids_T[(ids_T < 0) | (ids_T >= limits.vocab_size)]
     if len(outside):
         raise InvalidInput(

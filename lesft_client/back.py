@@ -8,6 +8,7 @@ from typing import Protocol
 from lesft.back import Back
 from lesft.cohort_batch import Part
 from lesft.micro_batch import MicroBatch, Path, StepResult, Targets
+from lesft.sample_memory import ClientMemory
 
 
 class Turn(Exception):
@@ -39,7 +40,7 @@ class BackLink(Protocol):
         """Go on from the beginning of a round; see `Turn`."""
 
     def holds(self, sample: int) -> bool:
-        """Whether the back keeps the activations of a sample, by its number."""
+        """Whether the back has a sample, by its number, so that it need not be enclosed."""
 
     def send(self, batch: MicroBatch) -> None:
         """Hand in a micro-batch; does not wait for its result."""
@@ -69,6 +70,10 @@ class LocalBack:
         self._checkpoint_rounds = checkpoint_rounds
         self._results: deque[StepResult] = deque()
 
+    @property
+    def _memory(self) -> ClientMemory:
+        return self._back.memory.of(self._client_id, instance_id="")
+
     def open(self) -> Turn:
         """At the newest checkpoint, or the beginning."""
         return GoBack(max(self._checkpoint_rounds(), default=0))
@@ -77,12 +82,15 @@ class LocalBack:
         """Nothing is in flight here."""
 
     def holds(self, sample: int) -> bool:
-        """It keeps none: what is here need not be sent."""
-        return False
+        """Whether it remembers a sample's targets and reference probabilities."""
+        return sample in self._memory
 
     def send(self, batch: MicroBatch) -> None:
         """Run the step at once."""
-        part = Part(self._client_id, batch, share=1.0)
+        memory = self._memory if self._back.spec.names_samples else None
+        if memory is not None:
+            batch = memory.complete(batch)
+        part = Part(self._client_id, batch, share=1.0, memory=memory)
         checkpoint = self._back.spec.ends_interval(batch.key.round)
         self._results.extend(
             replace(result, checkpoint=checkpoint)

@@ -45,21 +45,37 @@ class Front:
 
     # ------------------------------------------------------------------ the training step
 
-    def forward(self, key: StepKey, samples: Sequence[EncodedSample]) -> ForwardPass:
-        """Step 1: S = φ(x ∥ y) and S~ = φ(x~ ∥ y); what step 2 uploads is in `micro_batch`."""
+    def forward(
+        self,
+        key: StepKey,
+        samples: Sequence[EncodedSample],
+        numbers: Sequence[int] = (),
+        enclosed: Mapping[int, EncodedSample] | None = None,
+    ) -> ForwardPass:
+        """Step 1: S = φ(x ∥ y) and S~ = φ(x~ ∥ y); what step 2 uploads is in `micro_batch`.
+
+        With `enclosed`, S~ and y are only of these: the back remembers what came of the others,
+        and `numbers` are all samples of the micro-batch.
+        """
+        fresh = samples if enclosed is None else list(enclosed.values())
         loss = self.spec.loss
         torch.manual_seed(
             derive_seed(self.spec.seed, "client", self._client_id, key.round, key.micro)
         )
         base = self._activations([s.base_ids + s.target_ids for s in samples], dropout=True)
         reference = None
-        if loss.needs_reference:
+        if loss.needs_reference and fresh:
             # A yardstick, not a training signal: without dropout, and unless asked for without
             # gradient.
             with torch.set_grad_enabled(loss.trains_reference):
-                reference = self._activations([s.reference_ids + s.target_ids for s in samples])
+                reference = self._activations([s.reference_ids + s.target_ids for s in fresh])
         batch = MicroBatch(
-            key, _detached(base), reference and _detached(reference), _targets(samples)
+            key,
+            _detached(base),
+            reference and _detached(reference),
+            _targets(fresh),
+            tuple(numbers),
+            tuple(enclosed or ()),
         )
         return ForwardPass(
             batch,

@@ -145,14 +145,27 @@ class Trainer:
     def _start(self, key: StepKey, numbers: Sequence[int]) -> ForwardPass:
         """Steps 1 and 2: go forward on both paths with a mini-batch, upload."""
         with self._phase("front_forward", key.round, micro=key.micro):
-            if self._spec.train_front:
-                forward = self._front.forward(key, [self._samples[n] for n in numbers])
+            samples = [self._samples[n] for n in numbers]
+            if not self._spec.names_samples:
+                forward = self._front.forward(key, samples)
             else:
-                new = {n: self._samples[n] for n in numbers if not self._back.holds(n)}
-                forward = self._front.forward_frozen(key, numbers, new)
+                enclosed = self._enclosed(key, numbers)
+                if self._spec.train_front:
+                    forward = self._front.forward(key, samples, numbers, enclosed)
+                else:
+                    forward = self._front.forward_frozen(key, numbers, enclosed)
         self._back.send(forward.micro_batch)
         self._status.in_flight += 1
         return forward
+
+    def _enclosed(self, key: StepKey, numbers: Sequence[int]) -> dict[int, EncodedSample]:
+        """The samples that the back does not hold, or whose reference path is due anew."""
+        enclosed = {}
+        for position, number in enumerate(numbers, start=self._first_position(key)):
+            epoch = position // len(self._samples)
+            if self._spec.loss.forgets_before(epoch) or not self._back.holds(number):
+                enclosed[number] = self._samples[number]
+        return enclosed
 
     def _finish(self, forward: ForwardPass) -> StepResult:
         """Step 7: wait for the gradient and go backward. Returns what came back."""
@@ -258,11 +271,15 @@ class Trainer:
 
     def _draw(self, key: StepKey) -> list[int]:
         """The samples of a micro-batch: a function of seed and key, so that it can be replayed."""
-        first = (key.round * self._spec.accumulation + key.micro) * self._spec.batch_size
+        first = self._first_position(key)
         return [
             sample_index(self._spec.seed, self._status.client_id, position, len(self._samples))
             for position in range(first, first + self._spec.batch_size)
         ]
+
+    def _first_position(self, key: StepKey) -> int:
+        """Samples that were drawn before a micro-batch, since the run began."""
+        return (key.round * self._spec.accumulation + key.micro) * self._spec.batch_size
 
     def score(self, samples: Sequence[EncodedSample], on_batch: Callable[[], None]) -> "HeldOut":
         """Held-out likelihood of the model as it is; trains nothing."""

@@ -24,6 +24,7 @@ from lesft.errors import LeftBehind, LesftError, OutOfOrder, RunStopped, Unreach
 from lesft.identity.attestation import Attester
 from lesft.logs import note
 from lesft.micro_batch import MicroBatch, StepKey, StepResult, sum_class_counts
+from lesft.sample_memory import ClientMemory
 from lesft.step_messages import result_to_message
 from lesft.training_state import adapter_of
 from lesft.v1 import receipt_pb2, training_pb2
@@ -48,10 +49,11 @@ _STOP_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Request:
-    """A client's micro-batch and the SHA-256 of what it sent."""
+    """A client's micro-batch, the SHA-256 of what it sent, and where its samples are remembered."""
 
     batch: MicroBatch
     digest: bytes
+    memory: ClientMemory | None = None
 
 
 class StepState(enum.Enum):
@@ -376,7 +378,10 @@ class Cohort:
     async def _take_step(self, step: _Step) -> None:
         run, key, shares = self._run, step.key, step.shares
         requests = {name: step.parts[name].request for name in shares}
-        parts = [Part(name, requests[name].batch, share) for name, share in shares.items()]
+        parts = [
+            Part(name, requests[name].batch, share, requests[name].memory)
+            for name, share in shares.items()
+        ]
 
         def train() -> tuple[list[StepResult], dict[str, torch.Tensor] | None]:
             if run.state is not RunState.TRAINING:

@@ -157,6 +157,11 @@ class _KeepingCollector(Collector):
             "Disk in use for activations of clients that do not train.",
             self._engine.samples.num_bytes,
         )
+        yield _gauge(
+            "remembered_bytes",
+            "Memory in use for labels and reference probabilities that need not be sent again.",
+            self._engine.back.memory.num_bytes,
+        )
 
 
 class _GenerationCollector(Collector):

@@ -14,6 +14,8 @@ from lesft.v1 import model_pb2, model_pb2_grpc
 from lesft.weights import FrontFile
 from lesft_server.adapter_hand_out import AdapterHandOut
 from lesft_server.handshake import check_protocol_version
+from lesft_server.link_echo import echo
+from lesft_server.planning import Planning
 
 SERVICE_NAME = model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
 
@@ -28,9 +30,11 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         front_file: FrontFile,
         adapter: AdapterHandOut,
         max_context: int,
+        planning: Planning,
     ) -> None:
         """Reads the front once, for its size. Raises InvalidInput for a spec that cannot travel."""
         self._adapter = adapter
+        self._planning = planning
         self._front_fingerprint = spec.front_fingerprint
         self._front_file = front_file
         self.front_bytes_sent = 0
@@ -83,3 +87,29 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         """See model.proto."""
         for piece in await self._adapter.pieces(request):
             yield piece
+
+    async def MeasureLink(
+        self,
+        request: AsyncIterator[model_pb2.MeasureLinkRequest],
+        context: ServicerContext[model_pb2.MeasureLinkRequest, model_pb2.MeasureLinkResponse],
+    ) -> AsyncIterator[model_pb2.MeasureLinkResponse]:
+        """See model.proto."""
+        async for answer in echo(request):
+            yield answer
+
+    async def MeasureBack(
+        self,
+        request: model_pb2.MeasureBackRequest,
+        context: ServicerContext[model_pb2.MeasureBackRequest, model_pb2.MeasureBackResponse],
+    ) -> model_pb2.MeasureBackResponse:
+        """See model.proto."""
+        return await self._planning.measure_back(request)
+
+    async def ApplyPlan(
+        self,
+        request: model_pb2.ApplyPlanRequest,
+        context: ServicerContext[model_pb2.ApplyPlanRequest, model_pb2.ApplyPlanResponse],
+    ) -> model_pb2.ApplyPlanResponse:
+        """See model.proto."""
+        self._planning.apply(request)
+        return model_pb2.ApplyPlanResponse()

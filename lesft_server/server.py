@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -30,6 +31,7 @@ from lesft.intake import Intake
 from lesft.live import LivePage
 from lesft.logs import note_process
 from lesft.norms import ActivationNorms
+from lesft.sample_memory import SampleMemory
 from lesft.spec import RunSpec
 from lesft.split import (
     check_cut_layer,
@@ -47,6 +49,7 @@ from lesft_server.control_api import make_app
 from lesft_server.generation import Generation
 from lesft_server.journal import Journal, drop_journal
 from lesft_server.metrics import Metrics
+from lesft_server.planning import AcceptedPlan, Planning, as_planned, keep_plan
 from lesft_server.run import Run
 from lesft_server.sample_store import SampleStore
 from lesft_server.session import Engine
@@ -61,8 +64,12 @@ _GRACE_SECONDS = 5
 class Server:
     """Everything of one server process but its signals."""
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(
+        self, settings: ServerSettings, on_plan: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_plan` hears that a client's plan was taken, and that a new server is to go by it."""
         self._settings = settings
+        self._on_plan = on_plan
         self._device = DeviceThread()
         self._server: grpc.aio.Server | None = None
         self._control: ControlServer | None = None
@@ -78,8 +85,8 @@ class Server:
 
         Raises LesftError when that cannot be.
         """
-        settings = self._settings
-        self._lock = lock_folder(settings.state, "server")
+        self._lock = lock_folder(self._settings.state, "server")
+        settings = self._settings = as_planned(self._settings)
         security = self._security = Security.of(settings, "server")
         self._live.start()
         checkpoint = Checkpoint(model_folder(settings.model))
@@ -97,6 +104,11 @@ class Server:
             front_file,
             adapter,
             generation.max_context,
+            Planning(
+                engine,
+                checkpoint.config.num_hidden_layers,
+                self._take_plan if settings.accept_plans else None,
+            ),
         )
 
         self._metrics.watch(engine, generation, models)
@@ -142,6 +154,11 @@ class Server:
         scheme = "http" if security is None else "https"
         log.info("ready: gRPC on %s, control API on %s://%s", address, scheme, control_address)
         return address, control_address
+
+    def _take_plan(self, plan: AcceptedPlan) -> None:
+        keep_plan(self._settings.state, plan)
+        log.info("a client's plan was taken: %s", plan)
+        self._on_plan()
 
     async def _resume(self, back: Back, spec: RunSpec) -> Engine:
         """The engine as the state folder's newest checkpoint has it, or fresh."""
@@ -224,17 +241,35 @@ async def serve(settings: ServerSettings) -> None:
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stopping.set)
-    server = Server(settings)
-    try:
-        await server.start()
-        # The model and all that was imported stay; else each full collection would go through it
-        # all, while every client waits.
-        gc.collect()
-        gc.freeze()
-        await stopping.wait()
-        log.info("stopping")
-    finally:
-        await server.stop("the server is stopping")
+    await serve_until(stopping, settings)
+
+
+async def serve_until(stopping: asyncio.Event, settings: ServerSettings) -> None:
+    """Serve, and begin anew at the same addresses whenever a client's plan was taken."""
+    while not stopping.is_set():
+        woken = asyncio.Event()
+        server = Server(settings, on_plan=woken.set)
+        try:
+            address, control = await server.start()
+            # The model and all that was imported stay; else each full collection would go through
+            # it all, while every client waits.
+            gc.collect()
+            gc.freeze()
+            await _any_of(stopping, woken)
+            log.info("stopping" if stopping.is_set() else "loading anew")
+        finally:
+            await server.stop("the server is stopping")
+            gc.unfreeze()
+        settings = settings.model_copy(
+            update={"listen": address, "control": control, "fresh": False}
+        )
+
+
+async def _any_of(*events: asyncio.Event) -> None:
+    waiting = [asyncio.ensure_future(event.wait()) for event in events]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
 
 
 def _load(settings: ServerSettings, checkpoint: Checkpoint) -> tuple[Back, RunSpec]:
@@ -257,7 +292,8 @@ def _load(settings: ServerSettings, checkpoint: Checkpoint) -> tuple[Back, RunSp
     attach_lora(model, spec.lora, spec.seed, cut_layer)
     if settings.gradient_checkpointing:
         checkpoint_gradients(model)
-    return Back(model, spec, settings.precision, settings.logits_slice), spec
+    memory = SampleMemory(settings.remembered_mib << 20)
+    return Back(model, spec, settings.precision, settings.logits_slice, memory=memory), spec
 
 
 def _generation(settings: ServerSettings, engine: Engine) -> Generation:

@@ -16,7 +16,7 @@ from lesft.device_thread import DeviceThread
 from lesft.errors import BundleError, LesftError, OutOfOrder, Unreachable
 from lesft.intake import Intake
 from lesft.logs import note
-from lesft.micro_batch import Path, StepKey, Targets
+from lesft.micro_batch import MicroBatch, Path, StepKey, Targets
 from lesft.norms import ActivationNorms
 from lesft.step_messages import (
     Limits,
@@ -115,8 +115,15 @@ class Session:
         self.member.next_key = self._next_key
         self._wire = self.member.wire
         self._wire.add("up", "other", training_pb2.TrainRequest(open=opening).ByteSize())
-        self.held = engine.samples.of(client_id, opening.instance_id)
-        """The samples whose activations were sent before; none where clients train."""
+        self._kept = engine.samples.of(client_id, opening.instance_id)
+        self._remembered = engine.back.memory.of(client_id, opening.instance_id)
+
+    @property
+    def held(self) -> list[int]:
+        """The client's samples of which it need not send again what lasts, as it goes on."""
+        if self._engine.run.spec.train_front:
+            return self._remembered.numbers_before(self.resumes_at.key)
+        return self._kept.numbers
 
     # ------------------------------------------------------------------ requests
 
@@ -159,7 +166,8 @@ class Session:
             raise OutOfOrder(f"{key} came before the round before it was answered")
         spec = self._engine.run.spec
         check_samples(header, spec, self.member.num_samples)
-        self.held.check_complete(header.samples, header.enclosed)
+        held = self._remembered if spec.train_front else self._kept
+        held.check_complete(header.samples, header.enclosed)
         data = b""
         if spec.train_front or header.enclosed:
             check_lengths(header, self._engine.limits)
@@ -183,10 +191,13 @@ class Session:
                 size = training_pb2.TrainRequest(micro_batch=header).ByteSize()
                 self._wire.add_message("up", size + chunk_messages_bytes(len(data)), parts)
             if not engine.run.spec.train_front:
-                return Request(*self.held.complete(batch))
+                return Request(*self._kept.complete(batch))
             digest = hashlib.sha256(header.SerializeToString(deterministic=True))
             digest.update(data)
-            return Request(batch, digest.digest())
+            if not engine.run.spec.names_samples:
+                return Request(batch, digest.digest())
+            remembered = self._remembered
+            return Request(remembered.complete(batch), digest.digest(), remembered)
 
     async def _receive_held_out(self, header: training_pb2.HeldOut, requests: _Requests) -> None:
         if self._unanswered["held_out"] == MAX_HELD_OUT_WAITING:
@@ -335,11 +346,16 @@ class Session:
         async def read() -> _Answer:
             ledger = self._engine.journal.ledger
             header, data = await asyncio.to_thread(ledger.read, client_id, key)
-            # As it is now: the ledger's answer may be older than what is held.
-            header.held.extend(self.held.among(request.batch.samples))
+            header.held.extend(self._held_after(request.batch))
             return training_pb2.TrainResponse(step=header), data
 
         return read
+
+    def _held_after(self, batch: MicroBatch) -> list[int]:
+        if self._engine.run.spec.train_front:
+            return self._remembered.among(batch.samples, batch.key)
+        # As it is now: the ledger's answer may be older than what is kept.
+        return self._kept.among(batch.samples)
 
     async def _score(self, index: int, base: Path, targets: Targets) -> _Read:
         async with self._engine.scoring:
@@ -383,7 +399,8 @@ class Session:
         if self._engine.run.state is RunState.WAITING:
             self._engine.cohort.withdraw(self.member.client_id)
         if self._engine.run.state is RunState.FINISHED and state is SessionState.LEFT:
-            self.held.drop()
+            self._kept.drop()
+            self._remembered.drop()
         if not self._handed_in:
             self._engine.cohort.came_in_vain(self.member.client_id)
             self._engine.pauses.came_in_vain(self.member.client_id)

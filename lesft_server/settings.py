@@ -45,6 +45,11 @@ class ServerSettings(SecuritySettings, CallLimits, RunOptions, LogSettings):
         False,
         description="Hand the server's half of the adapter out to clients that export.",
     )
+    accept_plans: bool = Field(
+        False,
+        description="Before any client has joined, lesft-client plan --apply may choose another "
+        "cut layer and other encodings.",
+    )
     cache_mib: int = Field(
         2048, ge=1, description="Memory for keys and values of all texts being written, in MiB."
     )
@@ -60,6 +65,12 @@ class ServerSettings(SecuritySettings, CallLimits, RunOptions, LogSettings):
         ge=0,
         description="Disk for activations of clients that do not train, in MiB; what has no room "
         "is sent again.",
+    )
+    remembered_mib: int = Field(
+        256,
+        ge=0,
+        description="Memory for labels and reference probabilities that clients need not send "
+        "again (loss.reference_refresh), in MiB; what has no room is sent again.",
     )
     max_receiving_mib: int = Field(
         2048,

@@ -51,7 +51,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
                     ),
                     course=resumes_at.course,
                     heartbeat_seconds=self._engine.heartbeat_seconds,
-                    held=session.held.numbers,
+                    held=session.held,
                 )
             )
             session.member.wire.add("down", "other", opened.ByteSize())

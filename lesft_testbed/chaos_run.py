@@ -311,7 +311,10 @@ def samples_in_all(settings: ChaosSettings) -> int:
 
 def _run_settings(settings: ChaosSettings, data: Path, folder: Path) -> RunSettings:
     """The run's options; unvalidated, so that no environment variable has a say."""
-    same = ("clients", "rounds", "accumulation", "aggregation_interval", "seed")
+    same = (
+        *("clients", "rounds", "accumulation", "aggregation_interval", "seed"),
+        *("activation_encoding", "gradient_encoding", "loss"),
+    )
     return RunSettings.model_construct(
         **{name: getattr(settings, name) for name in same},
         run_id="chaos",

@@ -40,6 +40,7 @@ def _uniform(weight: float) -> dict[str, Any]:
 _CROSS_ENTROPY = _uniform(1.0)
 _CONTIGUOUS = {"clustering": "contiguous"}
 _REFERENCE_ONLY = {**_uniform(0.0), "reference_nll_weight": 1.0}
+_ONCE = {"reference_refresh": 0}
 _OWN_PROBABILITY = {"token_weights": "probability"}
 
 _ROWS = (
@@ -78,6 +79,7 @@ _ROWS = (
         for weight in (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
     ),
     Method("lesft-contiguous", "LESFT, sub-salient tokens grown from salient ones", _CONTIGUOUS),
+    Method("lesft-once", "LESFT, each sample's reference path taken once in the run", _ONCE),
     # A control that the paper lacks; the other, cross-entropy on the same targets, is splitlora.
     Method("dft", "DFT: split, weight is the token's own probability", _OWN_PROBABILITY),
 )

@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from lesft.settings import ServiceSettings
-from lesft.spec import OptimizerSpec, RunOptions
+from lesft.spec import Encoding, LossSpec, OptimizerSpec, RunOptions
 from lesft_testbed.methods import DEFAULT_METHOD, METHODS
 
 
@@ -248,6 +248,9 @@ class ChaosSettings(ServiceSettings):
     accumulation: int = Field(3, ge=1, description="Micro-batches per round.")
     aggregation_interval: int = Field(3, ge=1, description="Rounds between two aggregations.")
     clients: int = Field(4, ge=1, description="Number of clients that train together.")
+    activation_encoding: Encoding = Field("raw", description="How activations travel.")
+    gradient_encoding: Encoding = Field("raw", description="How gradients travel.")
+    loss: LossSpec = LossSpec()
     progress: Literal["lines", "none"] = Field(
         "lines", description="A line per fault while it runs, or nothing before the end."
     )

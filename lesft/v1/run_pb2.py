@@ -25,27 +25,27 @@ _sym_db = _symbol_database.Default()
 from lesft.v1 import tensor_pb2 as lesft_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12lesft/v1/run.proto\x12\x08lesft.v1\x1a\x15lesft/v1/tensor.proto\"P\n\x08LoraSpec\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x0f\n\x07\x64ropout\x18\x03 \x01(\x01\x12\x16\n\x0etarget_modules\x18\x04 \x03(\t\"\xb5\x02\n\x08LossSpec\x12-\n\rtoken_weights\x18\x01 \x01(\x0e\x32\x16.lesft.v1.TokenWeights\x12\x16\n\x0euniform_weight\x18\x02 \x01(\x01\x12\x19\n\x11salient_threshold\x18\x03 \x01(\x01\x12\x15\n\rgamma_salient\x18\x04 \x01(\x01\x12\x19\n\x11gamma_sub_salient\x18\x05 \x01(\x01\x12\x18\n\x10gamma_irrelevant\x18\x06 \x01(\x01\x12(\n\nclustering\x18\x07 \x01(\x0e\x32\x14.lesft.v1.Clustering\x12\x1a\n\x12\x63luster_similarity\x18\x08 \x01(\x01\x12\x17\n\x0f\x62\x61se_nll_weight\x18\t \x01(\x01\x12\x1c\n\x14reference_nll_weight\x18\n \x01(\x01\"\x90\x01\n\rOptimizerSpec\x12\x15\n\rlearning_rate\x18\x01 \x01(\x01\x12$\n\x08schedule\x18\x02 \x01(\x0e\x32\x12.lesft.v1.Schedule\x12\x15\n\rwarmup_rounds\x18\x03 \x01(\r\x12\x14\n\x0cweight_decay\x18\x04 \x01(\x01\x12\x15\n\rmax_grad_norm\x18\x05 \x01(\x01\"\xbf\x04\n\x07RunSpec\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x19\n\x11\x66ront_fingerprint\x18\x03 \x01(\t\x12\x11\n\tcut_layer\x18\x04 \x01(\r\x12\x0f\n\x07\x63lients\x18\x05 \x01(\r\x12\x0e\n\x06rounds\x18\x06 \x01(\r\x12\x14\n\x0c\x61\x63\x63umulation\x18\x07 \x01(\r\x12\x12\n\nbatch_size\x18\x08 \x01(\r\x12\x1c\n\x14\x61ggregation_interval\x18\t \x01(\r\x12\x12\n\nmax_length\x18\n \x01(\r\x12\x0c\n\x04seed\x18\x0b \x01(\x04\x12/\n\x13\x61\x63tivation_encoding\x18\x0c \x01(\x0e\x32\x12.lesft.v1.Encoding\x12-\n\x11gradient_encoding\x18\r \x01(\x0e\x32\x12.lesft.v1.Encoding\x12 \n\x04lora\x18\x0e \x01(\x0b\x32\x12.lesft.v1.LoraSpec\x12 \n\x04loss\x18\x0f \x01(\x0b\x32\x12.lesft.v1.LossSpec\x12*\n\toptimizer\x18\x10 \x01(\x0b\x32\x17.lesft.v1.OptimizerSpec\x12\x1c\n\x04mode\x18\x11 \x01(\x0e\x32\x0e.lesft.v1.Mode\x12\x0e\n\x06quorum\x18\x12 \x01(\r\x12\x18\n\x10\x64\x65\x61\x64line_seconds\x18\x13 \x01(\x01\x12\x13\n\x0btrain_front\x18( \x01(\x08\x12\x11\n\taggregate\x18) \x01(\x08\x12\x17\n\x0fpersonal_layers\x18* \x03(\r*\x83\x01\n\x0cTokenWeights\x12\x1d\n\x19TOKEN_WEIGHTS_UNSPECIFIED\x10\x00\x12\x1a\n\x16TOKEN_WEIGHTS_ADAPTIVE\x10\x01\x12\x19\n\x15TOKEN_WEIGHTS_UNIFORM\x10\x02\x12\x1d\n\x19TOKEN_WEIGHTS_PROBABILITY\x10\x03*Z\n\nClustering\x12\x1a\n\x16\x43LUSTERING_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43LUSTERING_GLOBAL\x10\x01\x12\x19\n\x15\x43LUSTERING_CONTIGUOUS\x10\x02*e\n\x08Schedule\x12\x18\n\x14SCHEDULE_UNSPECIFIED\x10\x00\x12\x15\n\x11SCHEDULE_CONSTANT\x10\x01\x12\x13\n\x0fSCHEDULE_LINEAR\x10\x02\x12\x13\n\x0fSCHEDULE_COSINE\x10\x03*B\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x11\n\rMODE_LOCKSTEP\x10\x01\x12\x11\n\rMODE_DEADLINE\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12lesft/v1/run.proto\x12\x08lesft.v1\x1a\x15lesft/v1/tensor.proto\"P\n\x08LoraSpec\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x0f\n\x07\x64ropout\x18\x03 \x01(\x01\x12\x16\n\x0etarget_modules\x18\x04 \x03(\t\"\xd0\x02\n\x08LossSpec\x12-\n\rtoken_weights\x18\x01 \x01(\x0e\x32\x16.lesft.v1.TokenWeights\x12\x16\n\x0euniform_weight\x18\x02 \x01(\x01\x12\x19\n\x11salient_threshold\x18\x03 \x01(\x01\x12\x15\n\rgamma_salient\x18\x04 \x01(\x01\x12\x19\n\x11gamma_sub_salient\x18\x05 \x01(\x01\x12\x18\n\x10gamma_irrelevant\x18\x06 \x01(\x01\x12(\n\nclustering\x18\x07 \x01(\x0e\x32\x14.lesft.v1.Clustering\x12\x1a\n\x12\x63luster_similarity\x18\x08 \x01(\x01\x12\x17\n\x0f\x62\x61se_nll_weight\x18\t \x01(\x01\x12\x1c\n\x14reference_nll_weight\x18\n \x01(\x01\x12\x19\n\x11reference_refresh\x18\x0b \x01(\r\"\x90\x01\n\rOptimizerSpec\x12\x15\n\rlearning_rate\x18\x01 \x01(\x01\x12$\n\x08schedule\x18\x02 \x01(\x0e\x32\x12.lesft.v1.Schedule\x12\x15\n\rwarmup_rounds\x18\x03 \x01(\r\x12\x14\n\x0cweight_decay\x18\x04 \x01(\x01\x12\x15\n\rmax_grad_norm\x18\x05 \x01(\x01\"\xbf\x04\n\x07RunSpec\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x19\n\x11\x66ront_fingerprint\x18\x03 \x01(\t\x12\x11\n\tcut_layer\x18\x04 \x01(\r\x12\x0f\n\x07\x63lients\x18\x05 \x01(\r\x12\x0e\n\x06rounds\x18\x06 \x01(\r\x12\x14\n\x0c\x61\x63\x63umulation\x18\x07 \x01(\r\x12\x12\n\nbatch_size\x18\x08 \x01(\r\x12\x1c\n\x14\x61ggregation_interval\x18\t \x01(\r\x12\x12\n\nmax_length\x18\n \x01(\r\x12\x0c\n\x04seed\x18\x0b \x01(\x04\x12/\n\x13\x61\x63tivation_encoding\x18\x0c \x01(\x0e\x32\x12.lesft.v1.Encoding\x12-\n\x11gradient_encoding\x18\r \x01(\x0e\x32\x12.lesft.v1.Encoding\x12 \n\x04lora\x18\x0e \x01(\x0b\x32\x12.lesft.v1.LoraSpec\x12 \n\x04loss\x18\x0f \x01(\x0b\x32\x12.lesft.v1.LossSpec\x12*\n\toptimizer\x18\x10 \x01(\x0b\x32\x17.lesft.v1.OptimizerSpec\x12\x1c\n\x04mode\x18\x11 \x01(\x0e\x32\x0e.lesft.v1.Mode\x12\x0e\n\x06quorum\x18\x12 \x01(\r\x12\x18\n\x10\x64\x65\x61\x64line_seconds\x18\x13 \x01(\x01\x12\x13\n\x0btrain_front\x18( \x01(\x08\x12\x11\n\taggregate\x18) \x01(\x08\x12\x17\n\x0fpersonal_layers\x18* \x03(\r*\x83\x01\n\x0cTokenWeights\x12\x1d\n\x19TOKEN_WEIGHTS_UNSPECIFIED\x10\x00\x12\x1a\n\x16TOKEN_WEIGHTS_ADAPTIVE\x10\x01\x12\x19\n\x15TOKEN_WEIGHTS_UNIFORM\x10\x02\x12\x1d\n\x19TOKEN_WEIGHTS_PROBABILITY\x10\x03*Z\n\nClustering\x12\x1a\n\x16\x43LUSTERING_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43LUSTERING_GLOBAL\x10\x01\x12\x19\n\x15\x43LUSTERING_CONTIGUOUS\x10\x02*e\n\x08Schedule\x12\x18\n\x14SCHEDULE_UNSPECIFIED\x10\x00\x12\x15\n\x11SCHEDULE_CONSTANT\x10\x01\x12\x13\n\x0fSCHEDULE_LINEAR\x10\x02\x12\x13\n\x0fSCHEDULE_COSINE\x10\x03*B\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x11\n\rMODE_LOCKSTEP\x10\x01\x12\x11\n\rMODE_DEADLINE\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lesft.v1.run_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TOKENWEIGHTS']._serialized_start=1175
-  _globals['_TOKENWEIGHTS']._serialized_end=1306
-  _globals['_CLUSTERING']._serialized_start=1308
-  _globals['_CLUSTERING']._serialized_end=1398
-  _globals['_SCHEDULE']._serialized_start=1400
-  _globals['_SCHEDULE']._serialized_end=1501
-  _globals['_MODE']._serialized_start=1503
-  _globals['_MODE']._serialized_end=1569
+  _globals['_TOKENWEIGHTS']._serialized_start=1202
+  _globals['_TOKENWEIGHTS']._serialized_end=1333
+  _globals['_CLUSTERING']._serialized_start=1335
+  _globals['_CLUSTERING']._serialized_end=1425
+  _globals['_SCHEDULE']._serialized_start=1427
+  _globals['_SCHEDULE']._serialized_end=1528
+  _globals['_MODE']._serialized_start=1530
+  _globals['_MODE']._serialized_end=1596
   _globals['_LORASPEC']._serialized_start=55
   _globals['_LORASPEC']._serialized_end=135
   _globals['_LOSSSPEC']._serialized_start=138
-  _globals['_LOSSSPEC']._serialized_end=447
-  _globals['_OPTIMIZERSPEC']._serialized_start=450
-  _globals['_OPTIMIZERSPEC']._serialized_end=594
-  _globals['_RUNSPEC']._serialized_start=597
-  _globals['_RUNSPEC']._serialized_end=1172
+  _globals['_LOSSSPEC']._serialized_end=474
+  _globals['_OPTIMIZERSPEC']._serialized_start=477
+  _globals['_OPTIMIZERSPEC']._serialized_end=621
+  _globals['_RUNSPEC']._serialized_start=624
+  _globals['_RUNSPEC']._serialized_end=1199
 # @@protoc_insertion_point(module_scope)

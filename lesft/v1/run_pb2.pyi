@@ -176,6 +176,7 @@ class LossSpec(_message.Message):
     CLUSTER_SIMILARITY_FIELD_NUMBER: _builtins.int
     BASE_NLL_WEIGHT_FIELD_NUMBER: _builtins.int
     REFERENCE_NLL_WEIGHT_FIELD_NUMBER: _builtins.int
+    REFERENCE_REFRESH_FIELD_NUMBER: _builtins.int
     token_weights: Global___TokenWeights.ValueType
     """Where S_t comes from."""
     uniform_weight: _builtins.float
@@ -196,6 +197,10 @@ class LossSpec(_message.Message):
     """Weight of a plain -log P on the base path, at least 0."""
     reference_nll_weight: _builtins.float
     """Weight of a plain -log P on the reference path, at least 0."""
+    reference_refresh: _builtins.int
+    """Epochs for which the server remembers a sample's reference probabilities: 1 takes them anew
+    whenever the sample is drawn, 0 never again.
+    """
     def __init__(
         self,
         *,
@@ -209,10 +214,11 @@ class LossSpec(_message.Message):
         cluster_similarity: _builtins.float = ...,
         base_nll_weight: _builtins.float = ...,
         reference_nll_weight: _builtins.float = ...,
+        reference_refresh: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_nll_weight", b"base_nll_weight", "cluster_similarity", b"cluster_similarity", "clustering", b"clustering", "gamma_irrelevant", b"gamma_irrelevant", "gamma_salient", b"gamma_salient", "gamma_sub_salient", b"gamma_sub_salient", "reference_nll_weight", b"reference_nll_weight", "salient_threshold", b"salient_threshold", "token_weights", b"token_weights", "uniform_weight", b"uniform_weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_nll_weight", b"base_nll_weight", "cluster_similarity", b"cluster_similarity", "clustering", b"clustering", "gamma_irrelevant", b"gamma_irrelevant", "gamma_salient", b"gamma_salient", "gamma_sub_salient", b"gamma_sub_salient", "reference_nll_weight", b"reference_nll_weight", "reference_refresh", b"reference_refresh", "salient_threshold", b"salient_threshold", "token_weights", b"token_weights", "uniform_weight", b"uniform_weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

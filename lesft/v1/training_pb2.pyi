@@ -290,7 +290,9 @@ class SessionOpened(_message.Message):
 
     @_builtins.property
     def held(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Where clients do not train: this client's samples whose activations the server holds."""
+        """Where micro-batches name their samples: those of this client that the server holds. Where
+        clients train: those that it held before the micro-batch to go on at.
+        """
 
     def __init__(
         self,
@@ -321,6 +323,12 @@ class MicroBatch(_message.Message):
     Where clients do not train, the activations of a sample never change, and the server keeps them:
     `samples` names all samples of the micro-batch, and lengths and bundle are only of those that
     the server does not hold, in their order; with none of these there is no bundle.
+
+    Where clients train and loss.reference_refresh is not 1, the server remembers of a sample what
+    its targets and its reference path came to: `samples` names all samples of the micro-batch, and
+    "base" is of all of them; "reference" and "targets", and their lengths, are only of those in
+    `enclosed`, in their order, and with none of these they are not in the bundle. The client
+    encloses those that the server does not hold, and all when the probabilities are due anew.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -355,11 +363,11 @@ class MicroBatch(_message.Message):
 
     @_builtins.property
     def samples(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Where clients do not train: the number of each sample in the client's data, counted from 0."""
+        """Where samples are named: the number of each in the client's data, counted from 0."""
 
     @_builtins.property
     def enclosed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Where clients do not train: those of `samples` whose activations are in the bundle."""
+        """Where samples are named: those of `samples` of which the bundle has what the server may hold."""
 
     def __init__(
         self,
@@ -423,7 +431,7 @@ class StepResult(_message.Message):
 
     @_builtins.property
     def held(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Where clients do not train: those samples of the micro-batch that the server holds now."""
+        """Where samples are named: those of the micro-batch that the server holds now."""
 
     @_builtins.property
     def receipt(self) -> _receipt_pb2.Receipt:

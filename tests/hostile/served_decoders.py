@@ -1,8 +1,9 @@
 """What server and aggregator decode of what a client sends: one hostile message after another."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path as FilePath
 from random import Random
 
 import torch
@@ -19,8 +20,9 @@ from lesft.inference_messages import (
     question_of,
     step_to_message,
 )
-from lesft.micro_batch import StepKey
-from lesft.spec import PROTOCOL_VERSION, Encoding, RunSpec
+from lesft.micro_batch import Path, StepKey, Targets
+from lesft.sample_memory import SampleMemory
+from lesft.spec import PROTOCOL_VERSION, Encoding, LossSpec, RunSpec
 from lesft.spec_messages import encoding_to_message
 from lesft.step_messages import (
     MAX_ACTIVATION,
@@ -62,6 +64,7 @@ SPEC = RunSpec(
 )
 LIMITS = Limits(SPEC, HIDDEN_SIZE, VOCAB_SIZE)
 FROZEN = SPEC.model_copy(update={"train_front": False})
+REMEMBERING = SPEC.model_copy(update={"loss": LossSpec(reference_refresh=0)})
 
 
 def received(random: Random, message: Message) -> Message:
@@ -158,7 +161,7 @@ def _check_ids(ids_T: torch.Tensor) -> None:
 class FrozenMicroBatch:
     """Micro-batches of a client that does not train, which the server keeps."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: FilePath) -> None:
         self._held = SampleStore(folder, FROZEN, 1 << 20).of("client-0", "i")
         self._limits = Limits(FROZEN, HIDDEN_SIZE, VOCAB_SIZE)
 
@@ -179,6 +182,62 @@ class FrozenMicroBatch:
         whole, _ = self._held.complete(batch)
         assert len(whole.targets.lengths) == len(header.samples)
         assert set(self._held.numbers) <= {0, 1, 2, 3}
+
+
+class RememberedMicroBatch:
+    """Micro-batches of which the server remembers some samples and gets the others."""
+
+    def __init__(self) -> None:
+        self._memory = SampleMemory().of("client-0", "i")
+        self._limits = Limits(REMEMBERING, HIDDEN_SIZE, VOCAB_SIZE)
+        first = self._memory.complete(replace(make_batch(StepKey(0, 0)), **_named((0, 1), (0, 1))))
+        found = torch.split(torch.zeros(sum(first.targets.lengths)), list(first.targets.lengths))
+        self._memory.keep(first, found)
+
+    def __call__(self, random: Random) -> None:
+        whole = make_batch(StepKey(0, 1))
+        assert whole.reference is not None
+        rows, tokens = whole.reference.lengths[0], whole.targets.lengths[0]
+        batch = random.choice(
+            (
+                replace(whole, **_named((2, 3), (2, 3))),
+                replace(
+                    whole,
+                    reference=Path(whole.reference.activations_ND[:rows], (rows,)),
+                    targets=Targets(whole.targets.ids_T[:tokens], (tokens,)),
+                    **_named((2, 1), (2,)),
+                ),
+                replace(
+                    whole,
+                    reference=None,
+                    targets=Targets(torch.empty(0, dtype=torch.long), ()),
+                    **_named((0, 1), ()),
+                ),
+            )
+        )
+        header, data = micro_batch_to_message(batch, "raw")
+        data = lying_safetensors(random, data)
+        header = _header(random, training_pb2.TrainRequest(micro_batch=header)).micro_batch
+        header.bundle.CopyFrom(_announced(random, data))
+        check_samples(header, REMEMBERING, 4)
+        self._memory.check_complete(header.samples, header.enclosed)
+        check_lengths(header, self._limits)
+        data = transferred(random, header.bundle, data, self._limits.bundle_bytes(header))
+        received_batch = micro_batch_from_message(header, data, self._limits)
+        complete = self._memory.complete(received_batch)
+        samples = len(header.samples)
+        assert samples == len(complete.base.lengths) == len(complete.targets.lengths)
+        assert samples == len(complete.known_log_probs)
+        assert sum(complete.targets.lengths) == len(complete.targets.ids_T)
+        for length, target in zip(complete.base.lengths, complete.targets.lengths, strict=True):
+            assert 1 <= target < length
+        unknown = complete.known_log_probs.count(None)
+        assert unknown == (len(complete.reference.lengths) if complete.reference else 0)
+        _check_ids(complete.targets.ids_T)
+
+
+def _named(samples: tuple[int, ...], enclosed: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    return {"samples": samples, "enclosed": enclosed}
 
 
 def held_out(random: Random) -> None:
@@ -282,7 +341,7 @@ def refusals(random: Random) -> None:
     raise BundleError(line)
 
 
-def served_decoders(folder: Path) -> dict[str, Decoder]:
+def served_decoders(folder: FilePath) -> dict[str, Decoder]:
     """All of them, by name; `folder` is for what they keep."""
     return {
         "Train: open": train_opening,
@@ -290,6 +349,7 @@ def served_decoders(folder: Path) -> dict[str, Decoder]:
         "Train: micro_batch, int8": partial(micro_batch, encoding="int8"),
         "Train: micro_batch, int4": partial(micro_batch, encoding="int4"),
         "Train: micro_batch, frozen front": FrozenMicroBatch(folder),
+        "Train: micro_batch, remembered samples": RememberedMicroBatch(),
         "Train: held_out": held_out,
         "Generate: open": sequence_opening,
         "Generate: step": decode_step,

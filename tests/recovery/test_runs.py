@@ -32,11 +32,17 @@ def test_a_power_cut_of_everything_at_once(
         assert run.finish() == undisturbed
 
 
-def test_a_run_of_quantised_tensors_is_the_same_after_crashes(
+def test_a_run_that_sends_as_little_as_can_be_is_the_same_after_crashes(
     zygote: Zygote, model: Path, tmp_path: Path, undisturbed: Outcome
 ) -> None:
-    """The server answers what it has answered before from its ledger, as it was encoded."""
-    options = {"activation_encoding": "int8", "gradient_encoding": "int4"}
+    """The server answers what it has answered before from its ledger, as it was encoded, and
+    remembers of samples what it did then."""
+    options = {
+        "activation_encoding": "int8",
+        "gradient_encoding": "int4",
+        "loss.reference_refresh": "once",
+        "rounds": 8,
+    }
     with new_run(zygote, tmp_path / "undisturbed", model, **options) as run:
         run.start_all()
         outcome = run.finish()

@@ -150,6 +150,7 @@ def test_the_bodies_follow_a_run_from_its_start_to_its_end(
         "lesft_server_rounds_total": 0.0,
         "lesft_server_clients": 0.0,
         "lesft_server_kept_activation_bytes": 0.0,
+        "lesft_server_remembered_bytes": 0.0,
         **nothing_written,
     }.items():
         assert figures[name] == value, name
@@ -178,6 +179,7 @@ def test_the_bodies_follow_a_run_from_its_start_to_its_end(
             "lesft_server_rounds_total": 1.0,
             "lesft_server_clients": 2.0,
             "lesft_server_kept_activation_bytes": 0.0,
+            "lesft_server_remembered_bytes": 0.0,
             "lesft_server_loss": pytest.approx(by_share(first, "loss"), rel=1e-12),
             "lesft_server_round_seconds": pytest.approx(seconds),
             **nothing_written,

@@ -1,10 +1,7 @@
 """Runs whose clients do not train, over real gRPC: what travels, what is refused, coming back."""
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +9,21 @@ import grpc
 import pytest
 import torch
 
-from lesft.adapters import lora_state
-from lesft.channel import open_channel
 from lesft.errors import InvalidInput, LesftError, OutOfOrder
 from lesft.micro_batch import StepKey
-from lesft.spec import PROTOCOL_VERSION, RunSpec
-from lesft.spec_messages import encoding_to_message, lora_to_message
 from lesft.step_messages import micro_batch_to_message
 from lesft.v1 import training_pb2
 from lesft.v1.training_pb2 import TrainRequest
-from lesft.wire import Kind, WireCounter
-from lesft_client.back import Turn
-from lesft_client.data import EncodedSample
-from lesft_client.link import Patience, ServerLink
-from lesft_client.recovery import ClientCheckpoints
-from lesft_client.status import Status
-from lesft_client.trainer import Trainer
 from lesft_server.sample_store import SAMPLES_FOLDER
-from lesft_testbed.chaos_run import free_addresses
 from tests.harness import (
     RunningServer,
-    back_model,
-    limits_of,
     make_front,
     random_samples,
     running_server,
     server_settings,
     train_clients,
 )
+from tests.server import resumable_client
 from tests.server.harness import (
     RawSession,
     assert_serving,
@@ -51,6 +35,14 @@ from tests.server.harness import (
     wait_until,
     with_chunks,
 )
+from tests.server.resumable_client import (
+    adapters_of,
+    assert_equal,
+    base_tokens,
+    live,
+    reference_tokens,
+    target_tokens,
+)
 from tests.server.test_sample_store import sent
 from tests.tiny_models import HIDDEN_SIZE
 
@@ -58,6 +50,9 @@ FLOAT_BYTES = 4
 UNIFORM: dict[str, Any] = {"loss": {"token_weights": "uniform"}}
 RAW = {"activation_encoding": "raw"}
 DUAL: dict[str, Any] = {"loss": {"salient_threshold": 0.012, "reference_nll_weight": 0.5}}
+
+serving = partial(resumable_client.serving, train_front=False)
+train_alone = partial(resumable_client.train_alone, train_front=False)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,115 +62,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@contextmanager
-def serving(model: Path, state: Path, **options: Any) -> Iterator[RunningServer]:
-    """Three rounds of two micro-batches of one sample."""
-    values: dict[str, Any] = {"train_front": False, "rounds": 3, "accumulation": 2, "threads": 1}
-    with running_server(server_settings(model, state, **{**values, **options})) as server:
-        yield server
-
-
-@dataclass
-class FrozenClient:
-    """One client as a process has it: its checkpoints outlive it, and so does its instance."""
-
-    model: Path
-    spec: RunSpec
-    address: str
-    samples: Sequence[EncodedSample]
-    state: Path
-    name: str = "client-0"
-    on_round: Callable[["FrozenClient"], None] = lambda client: None
-
-    def __post_init__(self) -> None:
-        self.status = Status(self.name, WireCounter())
-        self.wire = self.status.wire
-        self.keeper = ClientCheckpoints(
-            self.state, "sha256:run", self.samples, self.status, self.wire, lambda reason: None
-        )
-        self.front = make_front(self.model, self.spec, self.name)
-        self.link = ServerLink(
-            lambda: open_channel(self.address),
-            training_pb2.OpenSession(
-                protocol_version=PROTOCOL_VERSION,
-                client_id=self.name,
-                run_id=self.spec.run_id,
-                front_fingerprint=self.spec.front_fingerprint,
-                cut_layer=self.spec.cut_layer,
-                lora=lora_to_message(self.spec.lora),
-                activation_encoding=encoding_to_message(self.spec.activation_encoding),
-                gradient_encoding=encoding_to_message(self.spec.gradient_encoding),
-                num_samples=len(self.samples),
-                instance_id=f"{self.name} here",
-            ),
-            limits_of(self.spec),
-            "server",
-            self.wire,
-            Patience(first_contact=30, reconnect=30, stall=60),
-            self.keeper.rounds,
-        )
-        self.trainer = Trainer(
-            self.front, self.link, None, self.samples, self.status, keeper=self.keeper
-        )
-
-    def run(self) -> None:
-        """Join, go on where the server wants, train to the end; whatever ends it ends the link."""
-        try:
-            turn: Turn | None = self.link.open()
-            if not self.keeper.rounds():
-                self.link.resume(0)
-                self.trainer.save()
-                turn = None
-            while True:
-                try:
-                    if turn is not None:
-                        self.trainer.turn(turn)
-                    self.trainer.train(lambda: self.on_round(self))
-                    break
-                except Turn as new:
-                    turn = new
-            self.link.leave("")
-        finally:
-            self.link.close()
-
-    def sent_bytes(self, kind: Kind) -> int:
-        return self.wire.by_kind()["up"][kind]
-
-
-def adapters_of(server: RunningServer) -> dict[str, torch.Tensor]:
-    return lora_state(back_model(server), server.spec.cut_layer)
-
-
-def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
-
-
-def base_tokens(samples: Sequence[EncodedSample]) -> int:
-    return sum(len(s.base_ids) + len(s.target_ids) for s in samples)
-
-
-def reference_tokens(samples: Sequence[EncodedSample]) -> int:
-    return sum(len(s.reference_ids) + len(s.target_ids) for s in samples)
-
-
-def target_tokens(samples: Sequence[EncodedSample]) -> int:
-    return sum(len(s.target_ids) for s in samples)
-
-
-def train_alone(
-    model: Path, folder: Path, samples: Sequence[EncodedSample], **options: Any
-) -> tuple[FrozenClient, dict[str, torch.Tensor]]:
-    """One client's whole run."""
-    with serving(model, folder / "server", **options) as server:
-        before = adapters_of(server)
-        client = FrozenClient(model, server.spec, server.grpc, samples, folder / "client")
-        client.run()
-        after = adapters_of(server)
-    assert any(not torch.equal(before[name], after[name]) for name in before)
-    return client, after
 
 
 # ---------------------------------------------------------------------- what travels
@@ -412,7 +298,7 @@ def test_samples_where_clients_train_are_refused(model: Path, tmp_path: Path) ->
     ):
         session = join(channel, server.spec, "a", num_samples=3)
         session.send(*messages(StepKey(0, 0), [0, 1], [0, 1]))
-        message = "samples must be empty: in this run clients train, and send all activations anew"
+        message = "samples must be empty: in this run clients send all of each micro-batch anew"
         assert session.refusal() == refusal(InvalidInput, message)
         assert server.engine.run.steps == 0
 
@@ -437,10 +323,6 @@ def test_an_answer_from_the_ledger_tells_what_is_held_now_not_then(
 # ---------------------------------------------------------------------- coming back
 
 
-class Crash(Exception):
-    """A client's process is gone."""
-
-
 SOME = 11_000
 """Bytes that have room for some of five samples."""
 
@@ -451,29 +333,6 @@ LONG: dict[str, Any] = {**DUAL, "rounds": 4, "batch_size": 2, "aggregation_inter
 def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     _, adapters = train_alone(model, tmp_path_factory.mktemp("run"), random_samples(5), **LONG)
     return adapters
-
-
-def live(
-    server: RunningServer,
-    model: Path,
-    samples: Sequence[EncodedSample],
-    state: Path,
-    dies_after: int | None = None,
-) -> FrozenClient:
-    """One life of the client that keeps its checkpoints in `state`."""
-    client = FrozenClient(model, server.spec, server.grpc, samples, state)
-    if dies_after is None:
-        client.run()
-        return client
-
-    def die(client: FrozenClient) -> None:
-        if client.trainer.round == dies_after:
-            raise Crash
-
-    client.on_round = die
-    with pytest.raises(Crash):
-        client.run()
-    return client
 
 
 def test_a_client_that_is_started_again_sends_nothing_again_and_leads_to_the_same_adapters(
@@ -508,39 +367,13 @@ def test_a_client_that_comes_back_where_some_samples_had_room_does_not_fork(
         assert_equal(adapters_of(server), undisturbed)
 
 
-def restarted_in_mid_run(
-    model: Path, folder: Path, samples: Sequence[EncodedSample], meanwhile: Callable[[], None]
-) -> tuple[FrozenClient, dict[str, torch.Tensor]]:
-    """A run whose server is away after round 2, until its client has sent what comes next."""
-    [address] = free_addresses(1)
-    options = {**LONG, "listen": address}
-    first = ExitStack()
-    restart = threading.Event()
-
-    def stop_server(client: FrozenClient) -> None:
-        if client.trainer.round == 2 and not restart.is_set():
-            first.close()
-            meanwhile()
-            restart.set()
-
-    server = first.enter_context(serving(model, folder / "server", **options))
-    client = FrozenClient(
-        model, server.spec, address, samples, folder / "client", on_round=stop_server
-    )
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(client.run)
-        assert restart.wait(60)
-        wait_until(lambda: client.link._unanswered)
-        with serving(model, folder / "server", **options) as server:
-            running.result(60)
-            return client, adapters_of(server)
-
-
 def test_a_server_that_is_started_again_still_holds_what_it_was_sent(
     model: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
 ) -> None:
     samples = random_samples(5)
-    client, adapters = restarted_in_mid_run(model, tmp_path, samples, lambda: None)
+    client, adapters = resumable_client.restarted_in_mid_run(
+        model, tmp_path, samples, lambda: None, **LONG, train_front=False
+    )
     assert_equal(adapters, undisturbed)
     assert client.link.reconnects == 1
     width = HIDDEN_SIZE * FLOAT_BYTES
@@ -557,7 +390,9 @@ def test_a_server_that_has_lost_what_it_was_sent_gets_it_again(
         for path in (tmp_path / "server" / SAMPLES_FOLDER).rglob("*.safetensors"):
             path.write_bytes(path.read_bytes()[:-1])
 
-    client, adapters = restarted_in_mid_run(model, tmp_path, samples, lose)
+    client, adapters = resumable_client.restarted_in_mid_run(
+        model, tmp_path, samples, lose, **LONG, train_front=False
+    )
     assert_equal(adapters, undisturbed)
     width = HIDDEN_SIZE * FLOAT_BYTES
     assert client.sent_bytes("activations_base") == 2 * base_tokens(samples) * width

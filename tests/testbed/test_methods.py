@@ -40,6 +40,7 @@ def uniform(weight: float, **more: Any) -> LossSpec:
         ("uniform-1.5", True, False, True, True, uniform(1.5)),
         ("uniform-2", True, False, True, True, uniform(2)),
         ("lesft-contiguous", True, False, True, True, LossSpec(clustering="contiguous")),
+        ("lesft-once", True, False, True, True, LossSpec(reference_refresh=0)),
         ("dft", True, False, True, True, LossSpec(token_weights="probability")),
     ],
 )

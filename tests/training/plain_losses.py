@@ -85,13 +85,22 @@ def own_probability(model: Any, sample: Sample) -> SampleLoss:
 Near = Callable[[torch.Tensor, list[int]], set[int]]
 
 
-def adaptive(near: Near) -> Loss:
-    """Eq. 12 to 17: weights from the reference path, classes by probability and similarity."""
+def adaptive(near: Near, once: bool = False) -> Loss:
+    """Eq. 12 to 17: weights from the reference path, classes by probability and similarity.
+
+    With `once`, a sample's probabilities on the reference path are those of its first step.
+    """
+    first: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def reference(model: Any, sample: Sample) -> torch.Tensor:
+        target = sample.target_ids
+        with torch.no_grad():
+            log_p_T, _ = log_probs_and_hidden(model, sample.reference_ids, target)
+        return first.setdefault((*sample.reference_ids, *target), log_p_T) if once else log_p_T
 
     def loss(model: Any, sample: Sample) -> SampleLoss:
         target = sample.target_ids
-        with torch.no_grad():
-            reference_log_p_T, _ = log_probs_and_hidden(model, sample.reference_ids, target)
+        reference_log_p_T = reference(model, sample)
         log_p_T, hidden_TD = log_probs_and_hidden(model, sample.base_ids, target)
         p_T = reference_log_p_T.exp()
         salient = [t for t in range(len(target)) if p_T[t] > SALIENT]

@@ -19,6 +19,8 @@ from tests.training.plain_losses import (
     Loss,
     Sample,
     SampleLoss,
+    adaptive,
+    near_any,
     own_probability,
     reference_only,
     weighted,
@@ -48,6 +50,7 @@ class PlainMethod:
     """
 
     loss: Loss = CROSS_ENTROPY
+    reference_once: bool = False
     split: bool = True
     pooled: bool = False
     trains_front: bool = True
@@ -73,6 +76,7 @@ PLAIN_METHODS: Mapping[str, PlainMethod] = {
     "uniform-1.5": PlainMethod(weighted(1.5)),
     "uniform-2": PlainMethod(weighted(2.0)),
     "lesft-contiguous": PlainMethod(LESFT_CONTIGUOUS),
+    "lesft-once": PlainMethod(LESFT, reference_once=True),
     "dft": PlainMethod(own_probability),
 }
 
@@ -186,6 +190,7 @@ def train_plainly(
     if method.split:
         share_back(models)
     sides = sides_of(models, method)
+    loss_of = adaptive(near_any, once=True) if method.reference_once else method.loss
     outcome = Outcome([], [[] for _ in data], [[] for _ in data])
     for round_index in range(ROUNDS):
         for client, (model, samples) in enumerate(zip(models, data, strict=True)):
@@ -194,7 +199,7 @@ def train_plainly(
             for step in range(ACCUMULATION):
                 first = (round_index * ACCUMULATION + step) * batch_size
                 drawn = [samples[draw(client, first + i, len(samples))] for i in range(batch_size)]
-                parts = [method.loss(model, sample) for sample in drawn]
+                parts = [loss_of(model, sample) for sample in drawn]
                 loss = torch.stack([part.loss for part in parts]).mean()
                 torch.autograd.backward(share * loss / ACCUMULATION)
                 window += parts

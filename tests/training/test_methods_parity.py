@@ -117,8 +117,10 @@ def test_methods_that_differ_come_to_different_results(plain_runs: PlainRuns) ->
             # AdamW takes no notice of a loss's scale, but for the rounds that are clipped.
             assert not math.isclose(first.losses[0][0], second.losses[0][0], rel_tol=0.2)
             continue
+        # These two differ only in how old the weights of tokens are, by a few rounds.
+        far = 30 if {one, other} == {"lesft", "lesft-once"} else 100
         difference = largest_difference(first.adapters[0], second.adapters[0])
-        assert difference > 100 * WITHIN, f"{one} and {other}"
+        assert difference > far * WITHIN, f"{one} and {other}"
 
 
 def test_what_is_trained_moves_far_beyond_rounding_and_the_rest_not_at_all(

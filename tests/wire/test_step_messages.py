@@ -579,7 +579,7 @@ def test_right_samples_pass(samples: list[int], enclosed: list[int]) -> None:
 
 @pytest.mark.parametrize(("samples", "enclosed"), [([0], [0]), ([0], []), ([], [0])])
 def test_samples_are_refused_where_clients_train(samples: list[int], enclosed: list[int]) -> None:
-    message = "samples must be empty: in this run clients train, and send all activations anew"
+    message = "samples must be empty: in this run clients send all of each micro-batch anew"
     with pytest.raises(InvalidInput) as caught:
         check_samples(samples_header(samples, enclosed, 1), limits().spec, num_samples=5)
     assert str(caught.value) == message
