@@ -1,7 +1,7 @@
 """How the training loop talks to the back of the model: over gRPC, or in this process."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -47,6 +47,12 @@ class BackLink(Protocol):
 
     def receive(self) -> StepResult:
         """The result of the oldest micro-batch that has none yet; waits for it."""
+
+    def waited_for(self, seconds: float) -> Mapping[str, float]:
+        """Where the last `seconds` of the micro-batch went that was received last, by phase.
+
+        What is not known of it is left out.
+        """
 
     def score(self, base: Path, targets: Targets) -> list[float]:
         """Each held-out sample's sum of -log P over its target tokens, in nats."""
@@ -100,6 +106,10 @@ class LocalBack:
     def receive(self) -> StepResult:
         """The oldest result that was not taken yet."""
         return self._results.popleft()
+
+    def waited_for(self, seconds: float) -> Mapping[str, float]:
+        """Nothing is waited for: the step was taken when its micro-batch was sent."""
+        return {}
 
     def score(self, base: Path, targets: Targets) -> list[float]:
         """See `BackLink`."""

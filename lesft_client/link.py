@@ -3,6 +3,7 @@
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from lesft.wire import WireCounter
 from lesft_client.back import GoBack, Rejoin, Turn
 from lesft_client.patience import patiently
 from lesft_client.stream import Answer, HeldOutRequest, Request, Stream
+from lesft_client.timeline import Moments
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,13 @@ class Patience:
     """To go on trying one that has answered before."""
     stall: float
     """To hear nothing over an open connection before it is given up for a new one."""
+
+
+@dataclass(frozen=True)
+class _Answered:
+    answer: Answer
+    moments: Moments | None = None
+    """Of the micro-batch that was answered last before or with this."""
 
 
 class ServerLink:
@@ -77,7 +86,9 @@ class ServerLink:
         self._lock = threading.Lock()
         self._stream: Stream | None = None
         self._unanswered: deque[Request] = deque()
-        self._answers: queue.Queue[Answer | LesftError | Turn] = queue.Queue()
+        self._answers: queue.Queue[_Answered | LesftError | Turn] = queue.Queue()
+        self._handed_in: dict[StepKey, float] = {}
+        self._received = _Answered([])
         self._position: StepKey | None = None
         self._turn: LesftError | Turn | None = None
         self._held: set[int] = set()
@@ -108,6 +119,7 @@ class ServerLink:
             self._turn = None
             self._position = StepKey(round_index, 0)
             self._unanswered.clear()
+            self._handed_in.clear()
             self._answers = queue.Queue()
 
     def holds(self, sample: int) -> bool:
@@ -124,6 +136,14 @@ class ServerLink:
         answer = self._next_answer()
         assert isinstance(answer, StepResult), "answers come in the order of the requests"
         return answer
+
+    def waited_for(self, seconds: float) -> dict[str, float]:
+        """See `BackLink`."""
+        received = self._received
+        if received.moments is None or not isinstance(received.answer, StepResult):
+            return {}
+        handed_in = self._handed_in.pop(received.answer.key, received.moments.encoding)
+        return received.moments.waited_for(handed_in, seconds)
 
     def score(self, base: Path, targets: Targets) -> list[float]:
         """See `BackLink`."""
@@ -162,15 +182,18 @@ class ServerLink:
         with self._lock:
             self.check()
             self._unanswered.append(request)
+            if isinstance(request, MicroBatch):
+                self._handed_in[request.key] = time.monotonic()
             if self._stream is not None:
                 self._stream.send(request)
 
     def _next_answer(self) -> Answer:
-        answer = self._answers.get()
-        if isinstance(answer, Exception):
-            self._answers.put(answer)  # for whoever asks again
-            raise answer
-        return answer
+        answered = self._answers.get()
+        if isinstance(answered, Exception):
+            self._answers.put(answered)  # for whoever asks again
+            raise answered
+        self._received = answered
+        return answered.answer
 
     # ------------------------------------------------------------------ the link's own thread
 
@@ -221,7 +244,7 @@ class ServerLink:
                     self._position = request.key.following(accumulation)
                 if isinstance(answer, StepResult):
                     self._held.update(answer.held)
-                self._answers.put(answer)
+                self._answers.put(_Answered(answer, stream.moments))
         if not self._leaving:
             raise Unreachable(f"{self._party}: closed the stream")
 

@@ -34,6 +34,8 @@ class StatusFigures(BaseModel):
     wire: dict[Direction, dict[Kind, int]]
     """Bytes on the wire by kind, up and down."""
     seconds_left: float | None
+    seconds_by_phase: dict[str, float]
+    """Of this process's training loop; together, all of its time."""
 
 
 class StatusBody(StatusFigures):
@@ -137,4 +139,5 @@ class Status:
             bytes_down=self.wire.total("down"),
             wire=self.wire.by_kind(),
             seconds_left=self.seconds_left(),
+            seconds_by_phase=dict(self.seconds_by_phase),
         )

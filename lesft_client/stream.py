@@ -1,6 +1,8 @@
 """One training stream: encoding and decoding in threads of their own, heartbeats, and its end."""
 
 import queue
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from lesft.step_messages import (
 )
 from lesft.v1 import heartbeat_pb2, training_pb2, training_pb2_grpc
 from lesft.wire import Kind, WireCounter, micro_batch_parts, tensor_bytes
+from lesft_client.timeline import Moments
 from lesft_client.watchdog import Watchdog
 
 _OPENING_SECONDS = 0.1
@@ -65,6 +68,10 @@ class Stream:
         self._outgoing.put(training_pb2.TrainRequest(open=opening))
         self._responses = training_pb2_grpc.TrainingServiceStub(channel).Train(self._requests())
         self._watchdog = Watchdog(stall_seconds, self._responses.cancel)
+        self._encoding: deque[tuple[float, float]] = deque()
+        """When each micro-batch that was not answered yet began and ended to be encoded."""
+        self.moments: Moments | None = None
+        """Of the micro-batch that was answered last."""
         try:
             self.opened = self._read_opened()
         except BaseException:
@@ -109,7 +116,7 @@ class Stream:
                 self._wire.add("up", "other", item.ByteSize())
                 yield item
                 continue
-            encoding = self._limits.spec.activation_encoding
+            encoding, began = self._limits.spec.activation_encoding, time.monotonic()
             if isinstance(item, MicroBatch):
                 micro_batch, data = micro_batch_to_message(item, encoding)
                 request = training_pb2.TrainRequest(micro_batch=micro_batch)
@@ -124,6 +131,8 @@ class Stream:
             chunks = [training_pb2.TrainRequest(chunk=chunk) for chunk in bundle_chunks(data)]
             size = request.ByteSize() + sum(chunk.ByteSize() for chunk in chunks)
             self._wire.add_message("up", size, parts)
+            if isinstance(item, MicroBatch):
+                self._encoding.append((began, time.monotonic()))
             yield request
             yield from chunks
 
@@ -178,13 +187,18 @@ class Stream:
             self._wire.add("down", "other", response.ByteSize())
             return list(response.held_out.nll_sums)
         if isinstance(asked, MicroBatch) and kind == "step":
-            data, size = b"", 0
+            header, data, size = time.monotonic(), b"", 0
             if self._limits.spec.train_front:
                 most = self._limits.result_bytes(asked)
                 data, size = self._read_bundle(response.step, most)
+            whole = time.monotonic()
             result = result_from_message(response.step, data, asked, self._limits)
             parts: dict[Kind, int] = {"gradients": tensor_bytes(data)}
             self._wire.add_message("down", size + response.ByteSize(), parts)
+            began, ended = self._encoding.popleft()
+            self.moments = Moments(
+                began, ended, header, whole, time.monotonic(), response.step.times
+            )
             return result
         raise OutOfOrder(f"{self._party}: sent {kind} where another answer was due")
 

@@ -49,20 +49,28 @@ class Keeper(Protocol):
         """The state before a round, one that was saved."""
 
 
+Explanation = Callable[[float], Mapping[str, float]]
+"""Of the seconds that a phase took, those that other phases are better names for."""
+
+
 @dataclass
 class PhaseTimer:
-    """Seconds by phase of the loop."""
+    """Seconds by phase of the loop; together, those of the loop, but for what is between."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the block's time for a phase."""
-        start = time.monotonic()
+    def phase(self, name: str, explanation: Explanation | None = None) -> Iterator[None]:
+        """Count the block's time for a phase; where it ends well, as its explanation says."""
+        start, known = time.monotonic(), dict[str, float]()
         try:
             yield
+            if explanation is not None:
+                known = dict(explanation(time.monotonic() - start))
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+            rest = max(0.0, time.monotonic() - start - sum(known.values()))
+            for each, seconds in {name: rest, **known}.items():
+                self.seconds[each] = self.seconds.get(each, 0.0) + seconds
 
 
 class Trainer:
@@ -154,7 +162,8 @@ class Trainer:
                     forward = self._front.forward(key, samples, numbers, enclosed)
                 else:
                     forward = self._front.forward_frozen(key, numbers, enclosed)
-        self._back.send(forward.micro_batch)
+        with self._phase("send", key.round, micro=key.micro):
+            self._back.send(forward.micro_batch)
         self._status.in_flight += 1
         return forward
 
@@ -170,7 +179,10 @@ class Trainer:
     def _finish(self, forward: ForwardPass) -> StepResult:
         """Step 7: wait for the gradient and go backward. Returns what came back."""
         batch, key = forward.micro_batch, forward.micro_batch.key
-        with self._phase("waiting_for_gradient", key.round, micro=key.micro):
+        waiting = self._phase(
+            "waiting_for_gradient", key.round, explanation=self._back.waited_for, micro=key.micro
+        )
+        with waiting:
             result = self._back.receive()
         self._status.in_flight -= 1
         if self._spec.train_front:
@@ -213,13 +225,14 @@ class Trainer:
         name: str,
         round_index: int,
         links_to: tuple[str, int] | None = None,
+        explanation: Explanation | None = None,
         **attributes: int,
     ) -> Iterator[None]:
         """Time a part of a round, for the figures and for traces."""
         named: dict[str, Attribute] = {"client": self._status.client_id, "round": round_index}
         named |= attributes
         with (
-            self.timer.phase(name),
+            self.timer.phase(name, explanation),
             span(name, self._run_fingerprint, round_index, links_to, **named),
         ):
             yield

@@ -28,6 +28,7 @@ from lesft.sample_memory import ClientMemory
 from lesft.step_messages import result_to_message
 from lesft.training_state import adapter_of
 from lesft.v1 import receipt_pb2, training_pb2
+from lesft_server.device_account import DeviceAccount
 from lesft_server.journal import Journal
 from lesft_server.ledger import Entry, check_same
 from lesft_server.run import RoundRecord, Run, RunState
@@ -56,6 +57,14 @@ class Request:
     memory: ClientMemory | None = None
 
 
+@dataclass(frozen=True)
+class StepTimes:
+    """When the back began and ended, by `time.monotonic`."""
+
+    began: float
+    ended: float
+
+
 class StepState(enum.Enum):
     """Where the step of one key stands."""
 
@@ -78,7 +87,7 @@ class _Part:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.kept: asyncio.Future[StepTimes] = asyncio.get_running_loop().create_future()
 
     def refuse(self, error: LesftError) -> None:
         """Whoever waits for the answer gets an error."""
@@ -93,6 +102,8 @@ class _Step:
         self.key = key
         self.state = StepState.COLLECTING
         self.collecting_since = time.monotonic()
+        self.complete = 0.0
+        """When all parts were there that it began with."""
         self.parts: dict[str, _Part] = {}
         self.shares: dict[str, float] = {}
         """Of the clients in it, once it has begun."""
@@ -124,9 +135,11 @@ class Cohort:
         adapter_file: Path,
         clock: StepClock,
         attester: Attester,
+        account: DeviceAccount,
     ) -> None:
         """`adapter_file` is where Φ is written after the last round."""
         self._attester = attester
+        self._account = account
         self._run = run
         self._back = back
         self._device = device
@@ -162,15 +175,17 @@ class Cohort:
 
     # ------------------------------------------------------------------ parts
 
-    async def take(self, client_id: str, request: Request) -> None:
+    async def take(self, client_id: str, request: Request) -> StepTimes | None:
         """Hand in a client's part, or the same once more; returns once its answer is kept.
+
+        None for an answer that was kept before.
 
         Raises OutOfOrder for another part than the one before under the same key, LeftBehind when
         the step went on without this client.
         """
         key = request.batch.key
         if self._journal.ledger.find(client_id, key, request.digest) and key < self.next_key:
-            return
+            return None
         step = self._steps.get(key)
         part = step.parts.get(client_id) if step else None
         if part is not None:
@@ -179,13 +194,15 @@ class Cohort:
             raise self._too_late(client_id, key)
         else:
             part = self._add(client_id, _Part(request))
-        await asyncio.shield(part.kept)
+        return await asyncio.shield(part.kept)
 
     def _add(self, client_id: str, part: _Part) -> _Part:
         key = part.request.batch.key
         step = self._steps.setdefault(key, _Step(key))
         step.parts[client_id] = part
-        self._window_start = self._window_start or time.monotonic()
+        now = time.monotonic()
+        self._account.begin(now)
+        self._window_start = self._window_start or now
         self._begin_what_is_complete()
         return part
 
@@ -305,9 +322,10 @@ class Cohort:
         self._drop_timer(step)
         step.move(StepState.STEPPING)
         # Where the model was busy meanwhile, nothing was lost by waiting.
-        began = time.monotonic()
+        step.complete = time.monotonic()
         idle_since = max(step.collecting_since, self._idle_since)
-        self._clock.since("cohort_wait", step.key.round, began if self._under_way else idle_since)
+        since = step.complete if self._under_way else idle_since
+        self._clock.since("cohort_wait", step.key.round, since)
         self._under_way += 1
         step.shares = self._run.shares(step.parts)
         late = self._expected(step.key) - step.parts.keys()
@@ -354,7 +372,7 @@ class Cohort:
         try:
             await self._run.may_step()
             self._stop_if_asked(key)
-            await self._take_step(step)
+            times = await self._take_step(step)
         except Exception as error:
             if not isinstance(error, LesftError):
                 log.exception("%s failed", key)
@@ -368,14 +386,14 @@ class Cohort:
         self.next_key = key.following(self._run.spec.accumulation)
         del self._steps[key]
         for part in step.parts.values():
-            part.kept.set_result(None)
+            part.kept.set_result(times)
         if self.next_key.round == self._run.spec.rounds:
             self._run.finish()
         elif self._run.stop_wanted:
             self.stop_after_round()
         self._begin_what_is_complete()
 
-    async def _take_step(self, step: _Step) -> None:
+    async def _take_step(self, step: _Step) -> StepTimes:
         run, key, shares = self._run, step.key, step.shares
         requests = {name: step.parts[name].request for name in shares}
         parts = [
@@ -383,19 +401,24 @@ class Cohort:
             for name, share in shares.items()
         ]
 
-        def train() -> tuple[list[StepResult], dict[str, torch.Tensor] | None]:
+        def train() -> tuple[list[StepResult], StepTimes, dict[str, torch.Tensor] | None]:
             if run.state is not RunState.TRAINING:
                 raise RunStopped(f"{key} came too late")
+            began = time.monotonic()
             with self._clock.phase("back", key.round, micro=key.micro, clients=len(parts)):
                 results = self._back.train_step(key, parts)
-            return results, self._back.state() if self._checkpoint_is_due(key) else None
+            times = StepTimes(began, time.monotonic())
+            self._account.step(
+                key.micro == 0, step.collecting_since, step.complete, times.began, times.ended
+            )
+            return results, times, self._back.state() if self._checkpoint_is_due(key) else None
 
-        results, tensors = await self._device.run(train)
+        results, times, tensors = await self._device.run(train)
         digests = [requests[name].digest for name in shares]
         sizes = {name: len(requests[name].batch.targets.lengths) for name in shares}
         run.count_step(key, digests, sizes)
         receipts = self._receipts(key, shares)
-        self._record(key, list(shares.values()), results)
+        self._record(key, list(shares.values()), results, times.ended)
 
         def entries() -> list[Entry]:
             encoding, last = run.spec.gradient_encoding, tensors is not None
@@ -418,6 +441,8 @@ class Cohort:
             await self._journal.checkpoint(checkpoint, lambda: self.write_adapter(checkpoint))
             self._last_checkpoint = checkpoint.round
             log.info("checkpoint taken after round %d", checkpoint.round)
+        self._account.kept(time.monotonic())
+        return times
 
     def _receipts(self, key: StepKey, names: Iterable[str]) -> dict[str, receipt_pb2.Receipt]:
         """What these clients have trained, where their adapters are averaged next."""
@@ -480,12 +505,13 @@ class Cohort:
         if self._may_stop_before(key):
             raise RunStopped(_stopped_by_operator(key))
 
-    def _record(self, key: StepKey, shares: Sequence[float], results: list[StepResult]) -> None:
+    def _record(
+        self, key: StepKey, shares: Sequence[float], results: list[StepResult], now: float
+    ) -> None:
         self._window.append((shares, results))
         if key.micro < self._run.spec.accumulation - 1:
             return
         window, self._window = self._window, []
-        now = time.monotonic()
         start, self._window_start = self._window_start or now, now
         self._clock.round_done(key.round, now - start)
         self._run.record(
@@ -495,6 +521,7 @@ class Cohort:
                 nll=_mean_by_share(window, lambda result: result.nll),
                 class_counts=sum_class_counts([r for _, results in window for r in results]),
                 seconds=now - start,
+                device_seconds=self._account.round_done(),
             )
         )
 

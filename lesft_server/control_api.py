@@ -65,6 +65,8 @@ class RoundBody(BaseModel):
     nll: float
     class_counts: tuple[int, int, int] | None
     seconds: float
+    device_seconds: dict[str, float]
+    """Where they went: keep, idle, cohort_wait, queue and back."""
 
 
 class GenerationBody(BaseModel):

@@ -28,6 +28,7 @@ class Metrics:
     def watch(self, engine: Engine, generation: Generation, models: ModelService) -> None:
         """Show what these do from now on; read when asked, on the event loop."""
         self.registry.register(engine.clock.seconds)
+        self.registry.register(engine.account.counter)
         self.registry.register(_RunCollector(engine.run))
         self.registry.register(_ClientCollector(engine))
         self.registry.register(_KeepingCollector(engine))

@@ -184,7 +184,7 @@ def as_planned(settings: ServerSettings) -> ServerSettings:
         return settings
     try:
         plan = AcceptedPlan.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        raise InvalidInput(f"{file} is no plan ({error}): start with --fresh") from None
+    except ValidationError:
+        raise InvalidInput(f"{file} holds no plan that can be read: start with --fresh") from None
     log.info("going by the plan in %s: %s", file, plan)
     return settings.model_copy(update=plan.model_dump())

@@ -82,6 +82,8 @@ class RoundRecord:
     nll: float
     class_counts: tuple[int, int, int] | None
     seconds: float
+    device_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Where they went, by state; see `lesft_server.device_account`."""
 
 
 class Run:

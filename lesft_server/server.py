@@ -46,6 +46,7 @@ from lesft_server import inference_service, model_service, training_service
 from lesft_server.adapter_hand_out import AdapterHandOut
 from lesft_server.cohort import Cohort
 from lesft_server.control_api import make_app
+from lesft_server.device_account import DeviceAccount
 from lesft_server.generation import Generation
 from lesft_server.journal import Journal, drop_journal
 from lesft_server.metrics import Metrics
@@ -95,6 +96,11 @@ class Server:
         front_file = FrontFile(checkpoint, spec.cut_layer)
         adapter_file = settings.state / ADAPTER_FILE
         generation = _generation(settings, engine)
+        self._planning = Planning(
+            engine,
+            checkpoint.config.num_hidden_layers,
+            self._take_plan if settings.accept_plans else None,
+        )
         adapter = AdapterHandOut(engine.run, adapter_file, settings.share_adapter)
         # In a thread: it reads the front's tensors from disk.
         models = await asyncio.to_thread(
@@ -104,11 +110,7 @@ class Server:
             front_file,
             adapter,
             generation.max_context,
-            Planning(
-                engine,
-                checkpoint.config.num_hidden_layers,
-                self._take_plan if settings.accept_plans else None,
-            ),
+            self._planning,
         )
 
         self._metrics.watch(engine, generation, models)
@@ -182,8 +184,16 @@ class Server:
         if newest is not None:
             await self._device.run(lambda: back.load_state(newest.tensors))
             log.info("going on from the checkpoint of round %d", newest.round)
+        account = DeviceAccount()
         cohort = Cohort(
-            run, back, self._device, journal, settings.state / ADAPTER_FILE, clock, attester
+            run,
+            back,
+            self._device,
+            journal,
+            settings.state / ADAPTER_FILE,
+            clock,
+            attester,
+            account,
         )
         if newest is not None:
             cohort.write_adapter(newest)  # as this version writes it; an older one may have before
@@ -199,6 +209,7 @@ class Server:
             cohort=cohort,
             samples=samples,
             clock=clock,
+            account=account,
             limits=Limits(spec, back.model.config.hidden_size, back.model.config.vocab_size),
             intake=Intake(settings.max_receiving_mib << 20, "--max-receiving-mib"),
             norms=ActivationNorms(

@@ -28,6 +28,7 @@ from lesft.step_messages import (
 from lesft.v1 import heartbeat_pb2, training_pb2
 from lesft.wire import Kind, chunk_messages_bytes, micro_batch_parts, tensor_bytes
 from lesft_server.cohort import Cohort, Request
+from lesft_server.device_account import DeviceAccount
 from lesft_server.handshake import resume_point
 from lesft_server.journal import Journal
 from lesft_server.pauses import Pauses
@@ -75,6 +76,7 @@ class Engine:
     samples: SampleStore
     limits: Limits
     clock: StepClock
+    account: DeviceAccount
     intake: Intake
     norms: ActivationNorms
     heartbeat_seconds: float
@@ -157,6 +159,7 @@ class Session:
     async def _receive_micro_batch(
         self, header: training_pb2.MicroBatch, requests: _Requests
     ) -> None:
+        announced = time.monotonic()
         key, due = StepKey(header.round, header.micro), self._next_key
         if key != due:
             raise OutOfOrder(f"{due} is due, got {key}: each must come once and in order")
@@ -172,13 +175,16 @@ class Session:
         if spec.train_front or header.enclosed:
             check_lengths(header, self._engine.limits)
             data = await self._receive_bundle(header, requests)
+        times = training_pb2.StepTimes(receive=time.monotonic() - announced)
+        decoding = time.monotonic()
         request = await asyncio.to_thread(self._read_request, header, data)
+        times.decode = time.monotonic() - decoding
         self._handed_in = True
         self._engine.pauses.handed_in(self.member.client_id)
         if self.state is SessionState.OPEN:
             self._next_key = key.following(spec.accumulation)
             self.member.next_key = self._next_key
-        self._answer_with("micro_batch", self._train(request))
+        self._answer_with("micro_batch", self._train(request, times))
 
     def _read_request(self, header: training_pb2.MicroBatch, data: bytes) -> Request:
         """Runs in a thread of its own."""
@@ -339,14 +345,22 @@ class Session:
         heartbeat = heartbeat_pb2.Heartbeat(waiting_for=run.waiting_for(due) if waits else "")
         return training_pb2.TrainResponse(heartbeat=heartbeat)
 
-    async def _train(self, request: Request) -> _Read:
+    async def _train(self, request: Request, times: training_pb2.StepTimes) -> _Read:
         client_id, key = self.member.client_id, request.batch.key
-        await self._engine.cohort.take(client_id, request)
+        handed_in = time.monotonic()
+        step = await self._engine.cohort.take(client_id, request)
+        kept = time.monotonic()
+        if step is not None:  # a part that came twice may have come after the step began
+            times.queue = max(0.0, step.began - handed_in)
+            times.back = step.ended - max(step.began, handed_in)
+            times.answer = kept - step.ended
 
         async def read() -> _Answer:
+            times.send = time.monotonic() - kept
             ledger = self._engine.journal.ledger
             header, data = await asyncio.to_thread(ledger.read, client_id, key)
             header.held.extend(self._held_after(request.batch))
+            header.times.CopyFrom(times)
             return training_pb2.TrainResponse(step=header), data
 
         return read

@@ -74,7 +74,9 @@ class Report(BaseModel):
     """Bytes of all clients by kind; `up` is from client to server or aggregator."""
     seconds: dict[str, float]
     """Wall time of the run's stages and `total`; `training_...` are parts of `training`, as the
-    mean over clients."""
+    mean over clients, `training_wait_...` what their loops have waited for."""
+    server_seconds: dict[str, float] = {}
+    """All rounds by what the model did or waited for; empty without a server."""
     peak_rss_mib: dict[str, float]
     versions: dict[str, str]
     seed: int
@@ -132,6 +134,7 @@ def make_report(
             "questions": seconds["questions"],
             "total": seconds["total"],
         },
+        server_seconds=_device_seconds(rounds),
         peak_rss_mib={name: round(size / 2**20, 1) for name, size in peak_rss_bytes.items()},
         versions={"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
         seed=settings.seed,
@@ -164,17 +167,23 @@ def _wire(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
     }
 
 
+def _device_seconds(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    by_round = [record.get("device_seconds", {}) for record in rounds]
+    states = dict.fromkeys(state for seconds in by_round for state in seconds)
+    return {state: sum(seconds.get(state, 0.0) for seconds in by_round) for state in states}
+
+
 _STAGES = ("preparing", "held_out_before", "training", "held_out_after")
 
 
 def _stages(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Stages last as long as the slowest client's; the training's own phases are means."""
-    names = results[0]["seconds"]
+    names = dict.fromkeys(name for result in results for name in result["seconds"])
     return {
         name if name in _STAGES else f"training_{name}": (
             max(result["seconds"][name] for result in results)
             if name in _STAGES
-            else sum(result["seconds"][name] for result in results) / len(results)
+            else sum(result["seconds"].get(name, 0.0) for result in results) / len(results)
         )
         for name in names
     }

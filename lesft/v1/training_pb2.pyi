@@ -409,6 +409,7 @@ class StepResult(_message.Message):
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
     RECEIPT_FIELD_NUMBER: _builtins.int
+    TIMES_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Round of the micro-batch."""
     micro: _builtins.int
@@ -437,6 +438,10 @@ class StepResult(_message.Message):
     def receipt(self) -> _receipt_pb2.Receipt:
         """Where the adapters are averaged after this round: what the aggregation server may want to see."""
 
+    @_builtins.property
+    def times(self) -> Global___StepTimes:
+        """How long the server took over this answer, this time."""
+
     def __init__(
         self,
         *,
@@ -449,14 +454,59 @@ class StepResult(_message.Message):
         checkpoint: _builtins.bool = ...,
         held: _abc.Iterable[_builtins.int] | None = ...,
         receipt: _receipt_pb2.Receipt | None = ...,
+        times: Global___StepTimes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "receipt", b"receipt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "receipt", b"receipt", "times", b"times"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "checkpoint", b"checkpoint", "class_counts", b"class_counts", "held", b"held", "loss", b"loss", "micro", b"micro", "nll", b"nll", "receipt", b"receipt", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "checkpoint", b"checkpoint", "class_counts", b"class_counts", "held", b"held", "loss", b"loss", "micro", b"micro", "nll", b"nll", "receipt", b"receipt", "round", b"round", "times", b"times"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepResult: _TypeAlias = StepResult  # noqa: Y015
+
+@_typing.final
+class StepTimes(_message.Message):
+    """What a micro-batch went through on the server, in seconds, one after another. An answer that was
+    given before and is given again took neither queue nor back nor answer.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIVE_FIELD_NUMBER: _builtins.int
+    DECODE_FIELD_NUMBER: _builtins.int
+    QUEUE_FIELD_NUMBER: _builtins.int
+    BACK_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    SEND_FIELD_NUMBER: _builtins.int
+    receive: _builtins.float
+    """From its header to the last byte of its bundle."""
+    decode: _builtins.float
+    """Its bundle to tensors, with all checks."""
+    queue: _builtins.float
+    """Waiting for the other clients' parts, and for the model."""
+    back: _builtins.float
+    """Forward and backward of the whole cohort, and at a window's end the optimizer's step."""
+    answer: _builtins.float
+    """Until the answer was on disk, and where one was due the checkpoint."""
+    send: _builtins.float
+    """Until the answers before it were sent."""
+    def __init__(
+        self,
+        *,
+        receive: _builtins.float = ...,
+        decode: _builtins.float = ...,
+        queue: _builtins.float = ...,
+        back: _builtins.float = ...,
+        answer: _builtins.float = ...,
+        send: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "back", b"back", "decode", b"decode", "queue", b"queue", "receive", b"receive", "send", b"send"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepTimes: _TypeAlias = StepTimes  # noqa: Y015
 
 @_typing.final
 class HeldOut(_message.Message):

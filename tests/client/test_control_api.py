@@ -71,6 +71,7 @@ def test_status_says_what_the_client_is_doing(status: Status, api: httpx.Client)
             "down": dict.fromkeys(KINDS, 0) | {"gradients": 90},
         },
         "seconds_left": 90.0,
+        "seconds_by_phase": {},
     }
 
 

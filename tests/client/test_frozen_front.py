@@ -1,7 +1,7 @@
 """A front that does not train: what it computes and hands in, and when the loop waits."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,9 @@ class KeepingBack:
             if len(self.held) < self.room:
                 self.held.add(number)
         return StepResult(batch.key, None, None, 1.0, 1.0, None)
+
+    def waited_for(self, seconds: float) -> Mapping[str, float]:
+        return {}
 
     def score(self, base: BatchPath, targets: Targets) -> list[float]:
         return []

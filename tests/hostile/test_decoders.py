@@ -19,7 +19,7 @@ from tests.hostile.mutate import mutate_message, records, varint
 from tests.hostile.served_decoders import FROZEN, SPEC
 from tests.server.harness import make_batch, opening
 
-MESSAGES = 2100
+MESSAGES = 2200
 
 
 def test_every_decoder_refuses_hostile_messages_by_the_rules_or_decodes_them_within_these(

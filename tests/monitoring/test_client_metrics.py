@@ -11,6 +11,7 @@ from lesft.wire import WireCounter
 from lesft_client.control_api import make_app
 from lesft_client.metrics import Metrics
 from lesft_client.status import Status
+from lesft_client.timeline import WAITS
 from tests.harness import random_samples, running_server, server_settings, train_clients
 from tests.monitoring.scraped import Scraped, parse, scrape
 
@@ -63,14 +64,16 @@ def test_the_loop_s_phases_are_those_of_the_result(model: Path, tmp_path: Path) 
         ((_, status),) = train_clients(server, model, [random_samples(2)])
     assert status.in_flight == 0
     phases = scraped_of(status).series(PREFIX + "phase_seconds_total", "phase")
-    assert phases.keys() == {
-        "front_forward",
-        "waiting_for_gradient",
-        "front_backward",
-        "optimizer",
+    of_the_loop = {
+        *("front_forward", "send", "waiting_for_gradient", "front_backward", "optimizer"),
         "aggregation",
     }
-    assert all(seconds > 0 for seconds in phases.values())
+    assert of_the_loop <= phases.keys() <= of_the_loop | set(WAITS)
+    assert min(phases.values()) >= 0
+    assert phases["wait_back"] > 0
+    # A cut in the loop's own steps would be seen here, and so would time that is counted twice.
+    assert 0.9 < sum(phases.values()) / status.training_seconds() <= 1
+    assert phases["waiting_for_gradient"] < 0.05 * status.training_seconds()
 
 
 def test_requests_that_are_refused_are_counted() -> None:

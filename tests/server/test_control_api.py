@@ -124,8 +124,13 @@ def round_body(index: int, window: list[list[StepResult]]) -> dict[str, Any]:
 def assert_rounds(http: httpx.Client, windows: list[list[list[StepResult]]], first: int) -> None:
     bodies = http.get("/v1/rounds", params={"first": first}).json()
     seconds = [body.pop("seconds") for body in bodies]
+    states = [body.pop("device_seconds") for body in bodies]
     assert bodies == [round_body(i, window) for i, window in enumerate(windows)][first:]
     assert all(0 < s < 60 for s in seconds)
+    for whole, parts in zip(seconds, states, strict=True):
+        assert set(parts) == {"keep", "idle", "cohort_wait", "queue", "back"}
+        assert sum(parts.values()) == pytest.approx(whole)
+        assert parts["back"] > 0
 
 
 def test_the_bodies_follow_a_run_from_its_start_to_its_end(
