@@ -1,5 +1,6 @@
 """Which torch device to compute on, and how precisely."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -7,12 +8,31 @@ import torch
 
 from lesft.errors import InvalidInput
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "int8", "int4"]
+"""Of frozen weights; with int8 and int4 those of linear layers, see `lesft.quantized_linear`."""
+
+
+def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The dtype to compute in, and that of weights which are floats.
+
+    int8 and int4 compute in bfloat16, but for a CPU that cannot multiply it: there it is slower.
+    """
+    if precision == "fp32":
+        return torch.float32
+    if precision != "bf16" and device.type == "cpu" and not _cpu_multiplies_bfloat16():
+        return torch.float32
+    return torch.bfloat16
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    able: Mapping[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has none
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """With bf16, matrices are multiplied in it, and adapters stay in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """Where bfloat16 is computed in, matrices are multiplied in it; adapters stay in float32."""
+    enabled = compute_dtype(precision, device) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def choose_device(name: str) -> torch.device:

@@ -6,17 +6,21 @@ Tensor names are those of the whole model, such as `model.layers.7.mlp.gate_proj
 import hashlib
 import json
 import re
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from lesft.device import Precision, compute_dtype
+from lesft.embedding_rows import EmbeddingRows
 from lesft.errors import ModelError
+from lesft.quantized_linear import BITS, QuantizedLinear
 from lesft.split import build_back, build_front, check_cut_layer, check_family
+from lesft.tensor_file import TensorFile
 
 # What may differ between two copies of one model without any effect on its numbers; not used.
 _VOLATILE_CONFIG = {
@@ -27,6 +31,7 @@ _VOLATILE_CONFIG = {
 _STORED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
+_READ_BYTES = 1 << 20
 
 
 class Checkpoint:
@@ -53,26 +58,24 @@ class Checkpoint:
             raise ModelError(
                 f"{folder} has no *.safetensors file: save the model with save_pretrained first"
             )
-        self._files: dict[str, Any] = {}
-        for file in files:
+        self._files: dict[str, TensorFile] = {}
+        for path in files:
             try:
-                handle: Any = safe_open(file, framework="pt")
+                file = TensorFile(path)
             except (SafetensorError, OSError) as error:
-                raise ModelError(f"{file} is no whole safetensors file: {error}") from None
-            self._files.update(dict.fromkeys(handle.keys(), handle))
+                raise ModelError(f"{path} is no whole safetensors file: {error}") from None
+            self._files.update(dict.fromkeys(file.names, file))
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
     def dtype_and_shape(self, name: str) -> tuple[str, list[int]]:
         """A tensor's safetensors dtype (such as "BF16") and shape, without reading it."""
-        view = self._file(name).get_slice(name)
-        return view.get_dtype(), list(view.get_shape())
+        return self.file(name).dtype_and_shape(name)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor on the CPU as it is stored. Raises ModelError when there is none."""
-        tensor: torch.Tensor = self._file(name).get_tensor(name)
-        return tensor
+        """One tensor on the CPU as it is stored, mapped. Raises ModelError when there is none."""
+        return self.file(name).mapped(name)
 
     def front_names(self, cut_layer: int) -> list[str]:
         """The tensors of the front: token embedding and layers up to the cut, sorted."""
@@ -81,7 +84,8 @@ class Checkpoint:
         names = [name for name in self._files if name.startswith(tuple(layers))]
         return sorted([_EMBEDDING, *names])
 
-    def _file(self, name: str) -> Any:
+    def file(self, name: str) -> TensorFile:
+        """The file with a tensor. Raises ModelError when there is none."""
         if name not in self._files:
             raise ModelError(f"{self.folder} lacks the tensor {name!r}: is the download complete?")
         return self._files[name]
@@ -114,8 +118,36 @@ def load_front(
 ) -> PreTrainedModel:
     """The front with frozen weights in eval mode; reads only its own tensors."""
     front = build_front(checkpoint.config, cut_layer, dtype)
-    names = {name: f"model.{name}" for name in front.state_dict()}
-    return _load(front, checkpoint, names, dtype, device)
+    return _load(front, checkpoint, _front_names(front), dtype, device)
+
+
+def load_frugal_front(
+    checkpoint: Checkpoint, cut_layer: int, precision: Precision, device: torch.device
+) -> PreTrainedModel:
+    """As `load_front`, in as little memory as the precision allows.
+
+    Rows of the token embedding stay on disk; int8 and int4 quantise linear layers, one at a time.
+    """
+    dtype = compute_dtype(precision, device)
+    front = build_front(checkpoint.config, cut_layer, dtype)
+    embedding: Any = front.get_input_embeddings()
+    table = checkpoint.file(_EMBEDDING)
+    _check(checkpoint, _EMBEDDING, embedding.weight)
+    front.set_input_embeddings(
+        EmbeddingRows(embedding, lambda row: table.read_rows(_EMBEDDING, row, row + 1), dtype)
+    )
+    if bits := BITS.get(precision):
+        for name, module in list(front.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                weight = f"model.{name}.weight"
+                _check(checkpoint, weight, module.weight)
+                rows = partial(checkpoint.file(weight).read_rows, weight)
+                front.set_submodule(name, QuantizedLinear(module, rows, bits, device))
+    return _load(front, checkpoint, _front_names(front), dtype, device)
+
+
+def _front_names(front: PreTrainedModel) -> dict[str, str]:
+    return {name: f"model.{name}" for name in front.state_dict()}
 
 
 def load_back(
@@ -149,24 +181,33 @@ def _load(
     empty = model.state_dict()
     state = {}
     for name, whole_name in names.items():
-        tensor = checkpoint.read(whole_name)
-        if tensor.dtype not in _STORED_DTYPES:
-            raise ModelError(
-                f"{checkpoint.folder}: tensor {whole_name!r} is stored as {tensor.dtype}; give a "
-                "copy of the model that is not quantised"
-            )
-        if tensor.shape != empty[name].shape:
-            raise ModelError(
-                f"{checkpoint.folder}: tensor {whole_name!r} must have shape "
-                f"{list(empty[name].shape)} by its config.json, got {list(tensor.shape)}"
-            )
-        state[name] = tensor.to(device, dtype)
+        _check(checkpoint, whole_name, empty[name])
+        file = checkpoint.file(whole_name)
+        if device.type == "cpu" and file.mapped(whole_name).dtype == dtype:
+            state[name] = file.mapped(whole_name)  # what is computed with as it is, is not copied
+        else:
+            state[name] = file.read(whole_name).to(device, dtype)
     model.load_state_dict(state, assign=True)
     model.requires_grad_(False)
     model.train(False)
     module: torch.nn.Module = model
     module.to(device)  # the buffers
     return model
+
+
+def _check(checkpoint: Checkpoint, name: str, empty: torch.Tensor) -> None:
+    """Raises ModelError for a tensor that cannot take the place of an empty one."""
+    tensor = checkpoint.read(name)
+    if tensor.dtype not in _STORED_DTYPES:
+        raise ModelError(
+            f"{checkpoint.folder}: tensor {name!r} is stored as {tensor.dtype}; give a copy of the "
+            "model that is not quantised"
+        )
+    if tensor.shape != empty.shape:
+        raise ModelError(
+            f"{checkpoint.folder}: tensor {name!r} must have shape {list(empty.shape)} by its "
+            f"config.json, got {list(tensor.shape)}"
+        )
 
 
 # ---------------------------------------------------------------------- fingerprint and hand-out
@@ -179,19 +220,18 @@ def front_fingerprint(checkpoint: Checkpoint, cut_layer: int) -> str:
     """
     values = json.loads(checkpoint.config_json)
     tensors = [
-        [name, *checkpoint.dtype_and_shape(name), _sha256(checkpoint.read(name))]
+        [name, *checkpoint.dtype_and_shape(name), _sha256(checkpoint, name)]
         for name in checkpoint.front_names(cut_layer)
     ]
     text = json.dumps({"config": _lasting(values), "tensors": tensors}, sort_keys=True)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
-def _sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(_bytes_of(tensor)).hexdigest()
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+def _sha256(checkpoint: Checkpoint, name: str) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, checkpoint.read(name).nbytes, _READ_BYTES):
+        digest.update(checkpoint.file(name).read_bytes(name, start, start + _READ_BYTES))
+    return digest.hexdigest()
 
 
 class FrontFile:
@@ -200,7 +240,6 @@ class FrontFile:
     def __init__(self, checkpoint: Checkpoint, cut_layer: int) -> None:
         self._checkpoint = checkpoint
         self._names = checkpoint.front_names(cut_layer)
-        self._current: tuple[str, memoryview] = ("", memoryview(b""))
 
     @cached_property
     def _header(self) -> bytes:
@@ -233,12 +272,7 @@ class FrontFile:
         position = offset - len(self._header)
         for name, (start, stop) in self._offsets.items():
             if start <= position < stop:
-                data = self._tensor_bytes(name)
-                return bytes(data[position - start : position - start + max_bytes])
+                first = position - start
+                file = self._checkpoint.file(name)
+                return bytes(file.read_bytes(name, first, first + max_bytes))
         return b""
-
-    def _tensor_bytes(self, name: str) -> memoryview:
-        current = self._current
-        if current[0] != name:
-            current = self._current = (name, _bytes_of(self._checkpoint.read(name)))
-        return current[1]

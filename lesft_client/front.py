@@ -14,6 +14,7 @@ from lesft.adapters import load_lora_state, lora_parameters, lora_state
 from lesft.device import Precision, autocast
 from lesft.micro_batch import MicroBatch, Path, StepKey, StepResult, Targets, pad, unpad
 from lesft.optimizer import Optimizer
+from lesft.quantized_linear import QuantizedLinear
 from lesft.seeds import derive_seed
 from lesft.spec import RunSpec
 from lesft.split import front_forward
@@ -146,8 +147,16 @@ class Front:
         return self._activations([s.base_ids + s.target_ids for s in samples]), _targets(samples)
 
     def num_parameters(self) -> tuple[int, int]:
-        """How many parameters are in this process, and how many of them are trained."""
+        """How many parameters are in this process, and how many of them are trained.
+
+        Rows of the token embedding that are read on demand are in it for a moment only.
+        """
         every = [parameter.numel() for parameter in self.model.parameters()]
+        every += [
+            layer.in_features * layer.out_features
+            for layer in self.model.modules()
+            if isinstance(layer, QuantizedLinear)
+        ]
         trained = [p.numel() for p in lora_parameters(self.model)] if self.spec.train_front else []
         return sum(every), sum(trained)
 

@@ -9,7 +9,7 @@ from lesft.adapter_export import export_adapter
 from lesft.adapter_halves import AdapterHalf, HalfInfo, Side
 from lesft.adapters import attach_lora, layer_of
 from lesft.back import Back
-from lesft.device import choose_device
+from lesft.device import choose_device, compute_dtype
 from lesft.hub import model_folder
 from lesft.model_card import Figures
 from lesft.spec import RunSpec
@@ -62,8 +62,8 @@ class LocalRun:
     def load(self, spec: RunSpec) -> Front:
         """The whole model with fresh adapters."""
         settings, checkpoint, cut = self._settings, self._checkpoint, spec.cut_layer
-        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         device = choose_device(settings.device)
+        dtype = compute_dtype(settings.precision, device)
         front = load_front(checkpoint, cut, dtype, device)
         back = load_back(checkpoint, cut, dtype, device)
         embedding: torch.nn.Module = front.get_input_embeddings()

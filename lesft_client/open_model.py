@@ -60,6 +60,11 @@ def _check(settings: LanguageModelSettings) -> None:
                 "--local runs the whole model here, without --server and --state; the adapter of "
                 "both halves, which lesft-client export makes, is given by --adapter"
             )
+        if settings.precision in ("int8", "int4"):
+            raise InvalidInput(
+                f"--precision {settings.precision} is for the front of a split model: with "
+                "--local, take bf16"
+            )
         if settings.untuned and settings.adapter:
             raise InvalidInput("--untuned and --adapter contradict each other: leave one out")
         return

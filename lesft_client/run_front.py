@@ -1,13 +1,13 @@
 """The front of a run, ready to compute: what the server says of it, and its weights."""
 
-import torch
 from transformers import PreTrainedModel
 
+from lesft.allocator import return_large_blocks
 from lesft.device import choose_device
 from lesft.interceptors import remote_errors
 from lesft.spec import PROTOCOL_VERSION
 from lesft.v1 import model_pb2, model_pb2_grpc
-from lesft.weights import front_fingerprint, load_front
+from lesft.weights import front_fingerprint, load_frugal_front
 from lesft.wire import WireCounter
 from lesft_client.front_weights import fetched_checkpoint, local_checkpoint
 from lesft_client.patience import patiently
@@ -64,6 +64,9 @@ def load_run_front(
                 lambda done, total: display.advance(done // 1_000_000),
             )
         fingerprint = description.spec.front_fingerprint  # it was verified
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    if settings.precision != "fp32" or (
+        isinstance(settings, TrainSettings) and settings.gradient_checkpointing
+    ):
+        return_large_blocks()  # in both cases memory is short, not time
     device = choose_device(settings.device)
-    return load_front(checkpoint, cut_layer, dtype, device), fingerprint
+    return load_frugal_front(checkpoint, cut_layer, settings.precision, device), fingerprint

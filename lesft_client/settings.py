@@ -104,7 +104,9 @@ class LanguageModelSettings(ConnectionSettings, ClientLogSettings):
         Path("~/.cache/lesft"), description="Folder for front weights fetched from servers."
     )
     device: str = Field("auto", description="torch device; auto takes CUDA when there is one.")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="fp32, or bf16 weights.")
+    precision: Literal["fp32", "bf16", "int8", "int4"] = Field(
+        "fp32", description="fp32, or bf16, int8 or int4 weights; the last two with a server only."
+    )
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0 leaves its default.")
     speculate: int | None = Field(
         None,

@@ -62,8 +62,10 @@ class TrainSettings(DataSettings, ConnectionSettings, ListenerSettings, ClientLo
         Path("~/.cache/lesft"), description="Folder for front weights fetched from servers."
     )
     device: str = Field("auto", description="torch device; auto takes CUDA when there is one.")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="fp32, or bf16 weights and autocast with adapters in fp32."
+    precision: Literal["fp32", "bf16", "int8", "int4"] = Field(
+        "fp32",
+        description="fp32, or bf16 weights and autocast with adapters in fp32; int8 and int4 keep "
+        "the front's frozen weights in 8 and 4 bits.",
     )
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0 leaves its default.")
     gradient_checkpointing: bool = Field(
@@ -127,6 +129,11 @@ class TrainSettings(DataSettings, ConnectionSettings, ListenerSettings, ClientLo
             raise ValueError(
                 "--lora.* and encodings are what to refuse a server's run for; with --local, set "
                 "--run.lora.*"
+            )
+        if self.precision in ("int8", "int4"):
+            raise ValueError(
+                f"--precision {self.precision} is for the front of a split run: with --local, take "
+                "bf16"
             )
         if not self.run.train_front:
             raise ValueError(

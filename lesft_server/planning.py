@@ -23,7 +23,7 @@ from lesft_server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
-PLAN_FILE = "plan.json"
+PLAN_FILE = "accepted-plan.json"
 _SHARE_OF_DEVICE = 5
 """Measuring may take one part in so many of the device's time, whoever asks."""
 

@@ -11,11 +11,21 @@ MAX_LENGTH = 64
 """Every sample is shorter than this many tokens."""
 
 _VOCAB_SIZE = 300
-_NUM_LAYERS = 4
+_SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
 
 
-def save_tiny_model(folder: Path, seed: int) -> Path:
-    """A random four-layer llama in Hugging Face layout with a byte-level tokenizer."""
+def save_tiny_model(folder: Path, seed: int, **shape: int) -> Path:
+    """A random four-layer llama in Hugging Face layout with a byte-level tokenizer.
+
+    `shape` are entries of its config, for one that is not as tiny.
+    """
     # Seconds to load, and needed only here.
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -38,13 +48,8 @@ def save_tiny_model(folder: Path, seed: int) -> Path:
     ).save_pretrained(folder)
     config = AutoConfig.for_model(
         "llama",
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=_NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **_SHAPE | shape,
         vocab_size=_VOCAB_SIZE,
-        max_position_embeddings=256,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,

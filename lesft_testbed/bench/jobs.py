@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from lesft.errors import RunStopped
 from lesft_testbed.bench.part import Bench
 from lesft_testbed.commands import options, program
 from lesft_testbed.comparison.schedule import Job, Schedule
+from lesft_testbed.processes import Processes
 from lesft_testbed.report import REPORT_FILE, Report
 
+_POLL_SECONDS = 0.1
 _REQUEST, _ANSWER = "request.json", "answer.json"
 _DRAWN_BY = ("data", "seed", "samples", "max_length", "accumulation", "batch_size")
 
@@ -64,6 +67,15 @@ def drawn_samples(bench: Bench, report: Report) -> dict[str, Any]:
     settings = {name: report.settings[name] for name in _DRAWN_BY}
     run = {"model": bench.model, "clients": report.clients, "rounds": report.rounds}
     return run_program(bench, "drawn", "drawn", {**settings, **run})
+
+
+def start_service(processes: Processes, name: str, command: Sequence[str]) -> str:
+    """Its gRPC address, once it listens there. Raises RunStopped when a service fails."""
+    process = processes.start(name, command)
+    while (address := process.address("grpc")) is None:
+        processes.check()
+        time.sleep(_POLL_SECONDS)
+    return address
 
 
 def _run(bench: Bench, name: str, command: list[str]) -> None:

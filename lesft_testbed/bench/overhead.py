@@ -14,18 +14,25 @@ from lesft.errors import InternalError
 from lesft_testbed.bench.jobs import drawn_samples, run_program, run_training
 from lesft_testbed.bench.part import Alternative, Bench, Figure, ratio
 from lesft_testbed.report import Report
+from lesft_testbed.settings import RunSettings
 
-SPLIT, WHOLE, DUAL = "splitlora", "whole", "lesft"
+SPLIT, WHOLE, DUAL, CACHED = "splitlora", "whole", "lesft", "lesft-once"
 _SAME_LOSS = 1e-3
 
 
 class Overhead:
-    """Time of a training step: split and whole, with one path and with both."""
+    """Time of a training step: split and whole, with one path, with both, and with both at first.
+
+    With the reference path remembered, the first epoch's steps take both paths and the others one:
+    its step is the mean over all steps of so many epochs, each epoch at the mean of its settled
+    rounds.
+    """
 
     name = "overhead"
     about = (
         "Seconds of a training step of one client: split between two processes, in one process "
-        "with plain peft and torch, and split with both paths."
+        "with plain peft and torch, split with both paths, and split with a reference path that "
+        "is remembered."
     )
     depends_on = ("model", "data", "samples", "seed", "threads")
     is_exact = False
@@ -42,6 +49,12 @@ class Overhead:
             "step of lesft / step of splitlora",
             ratio(DUAL, SPLIT, "step_seconds"),
             1.45,
+        ),
+        Figure(
+            "dual_path_overhead_cached",
+            "step of lesft-once, mean over its epochs / step of splitlora",
+            ratio(CACHED, SPLIT, "step_seconds"),
+            1.10,
         ),
     )
 
@@ -63,7 +76,17 @@ class Overhead:
             report = run_training(bench, f"dual-{len(reports)}", options(bench, DUAL))
             return _steps(bench, report.model_dump())
 
-        yield Alternative(SPLIT, split), Alternative(WHOLE, whole), Alternative(DUAL, dual)
+        def cached() -> dict[str, float]:
+            own = bench.settings.overhead
+            report = run_training(bench, f"cached-{len(reports)}", cached_options(bench))
+            return mean_of_epochs(report.seconds_by_round, own.skipped_rounds, own.cached_epochs)
+
+        yield (
+            Alternative(SPLIT, split),
+            Alternative(WHOLE, whole),
+            Alternative(DUAL, dual),
+            Alternative(CACHED, cached),
+        )
 
 
 def options(bench: Bench, method: str) -> dict[str, Any]:
@@ -71,6 +94,31 @@ def options(bench: Bench, method: str) -> dict[str, Any]:
     own = bench.settings.overhead
     rounds = own.skipped_rounds + own.rounds
     return {"method": method, "clients": 1, "rounds": rounds, "aggregation_interval": rounds}
+
+
+def cached_options(bench: Bench) -> dict[str, Any]:
+    """Of the run that remembers: an epoch has one round more than are skipped, or two."""
+    own = bench.settings.overhead
+    rounds_per_epoch = max(2, own.skipped_rounds + 1)
+    rounds = rounds_per_epoch * own.cached_epochs
+    return {
+        **options(bench, CACHED),
+        "samples": rounds_per_epoch * RunSettings.model_fields["accumulation"].default,
+        "rounds": rounds,
+        "aggregation_interval": rounds,
+    }
+
+
+def mean_of_epochs(seconds: Sequence[float], skipped_rounds: int, epochs: int) -> dict[str, float]:
+    """The mean step over all epochs: the first one's as its settled rounds are."""
+    per_epoch = len(seconds) // epochs
+    first, later = seconds[skipped_rounds:per_epoch], seconds[per_epoch:]
+    both, one = sum(first) / len(first), sum(later) / len(later)
+    return {
+        "step_seconds": (both + (epochs - 1) * one) / epochs,
+        "first_epoch_step_seconds": both,
+        "later_step_seconds": one,
+    }
 
 
 def _steps(bench: Bench, done: Mapping[str, Any]) -> dict[str, float]:

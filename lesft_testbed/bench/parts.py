@@ -18,6 +18,10 @@ PARTS: Mapping[str, str] = {
     "wire": f"{_FOLDER}.wire:Wire",
     "aggregate": f"{_FOLDER}.aggregate:Aggregate",
     "wan": f"{_FOLDER}.wan:Wan",
+    "batching": f"{_FOLDER}.batching:Batching",
+    "scale": f"{_FOLDER}.scale:Scale",
+    "decode": f"{_FOLDER}.decode:Decode",
+    "memory": f"{_FOLDER}.memory:Memory",
 }
 """Name to class, as `module:name`; loaded when it is measured."""
 

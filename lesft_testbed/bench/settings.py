@@ -22,6 +22,9 @@ class OverheadSettings(_PartSettings):
     skipped_rounds: int = Field(
         2, ge=1, description="Rounds before these that are not: memory and caches settle in them."
     )
+    cached_epochs: int = Field(
+        5, ge=2, description="Epochs of the run whose reference path is taken in the first only."
+    )
 
 
 class WireSettings(_PartSettings):
@@ -62,6 +65,48 @@ class WanSettings(_PartSettings):
     )
 
 
+class BatchingSettings(_PartSettings):
+    """The part `batching`."""
+
+    clients: int = Field(4, ge=2, description="Clients of the cohort, one sample each in a step.")
+    steps: int = Field(4, ge=1, description="Steps that are measured, on other samples each.")
+    skipped_steps: int = Field(1, ge=0, description="Steps before these that are not.")
+
+
+class ScaleSettings(_PartSettings):
+    """The part `scale`."""
+
+    clients: tuple[int, ...] = Field(
+        (1, 4, 16, 64), min_length=2, description="Numbers of clients that are compared."
+    )
+    tokens: int = Field(
+        160,
+        ge=4,
+        le=1024,
+        description="Tokens of each path of each client's micro-batch; word problems have so many.",
+    )
+    hidden_size: int = Field(
+        512, ge=64, multiple_of=64, description="Width of the random five-layer model."
+    )
+    steps: int = Field(3, ge=1, description="Steps that are measured at least.")
+    seconds: float = Field(10, ge=0, description="And so many seconds at least.")
+    skipped_steps: int = Field(2, ge=1, description="Steps before these that are not.")
+
+
+class DecodeSettings(_PartSettings):
+    """The part `decode`."""
+
+    texts: int = Field(8, ge=1, le=8, description="Texts that are written.")
+    tokens: int = Field(60, ge=2, description="Tokens of each.")
+
+
+class MemorySettings(_PartSettings):
+    """The part `memory`."""
+
+    cut_layer: int = Field(9, ge=1, description="Layers on the client, of Qwen2.5-3B's shape.")
+    tokens: int = Field(512, ge=8, description="Tokens of each path of the one sample.")
+
+
 class BenchSettings(CacheSettings):
     """Measure what training costs, against alternatives in the same run and against targets."""
 
@@ -96,6 +141,10 @@ class BenchSettings(CacheSettings):
     wire: WireSettings = WireSettings()
     aggregate: AggregateSettings = AggregateSettings()
     wan: WanSettings = WanSettings()
+    batching: BatchingSettings = BatchingSettings()
+    scale: ScaleSettings = ScaleSettings()
+    decode: DecodeSettings = DecodeSettings()
+    memory: MemorySettings = MemorySettings()
 
     @field_validator("parts")
     @classmethod

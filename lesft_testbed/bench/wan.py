@@ -16,14 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
-from prometheus_client.parser import text_string_to_metric_families
-
+from lesft_testbed.bench.jobs import start_service
 from lesft_testbed.bench.part import Alternative, Bench, Figure, Values
+from lesft_testbed.bench.phases import phase_seconds
 from lesft_testbed.commands import client_command, client_name, server_command
 from lesft_testbed.emulated_link import EmulatedLink, LinkShape
 from lesft_testbed.link_calibration import MeasuredLink, calibrate
-from lesft_testbed.processes import Process, Processes
+from lesft_testbed.processes import Processes
 from lesft_testbed.settings import RunSettings
 from lesft_testbed.watch import Watcher
 
@@ -31,7 +30,6 @@ _TARGET = 0.90
 _WAN, _FAR, _LOOPBACK = "wan", "far", "no link"
 _FAR_SHAPE = LinkShape(round_trip_ms=200, up_mbit=5, down_mbit=20)
 _POLL_SECONDS = 0.1
-_METRICS_SECONDS = 10
 _ROUNDS = 100_000
 """More than are measured: a run is ended in its midst, never at its end."""
 
@@ -87,7 +85,8 @@ def measure_run(bench: Bench, shape: LinkShape | None) -> dict[str, float]:
         processes = stack.enter_context(Processes(Path(tempfile.mkdtemp(dir=bench.scratch))))
         watcher = Watcher(processes)
         stack.callback(watcher.close)
-        address = _start_server(processes, run, bench.model)
+        command = server_command(run, bench.model, processes.state_of(_SERVER))
+        address = start_service(processes, _SERVER, command)
         link, measured = None, None
         if shape is not None:
             link = EmulatedLink(address, shape)
@@ -100,16 +99,6 @@ def measure_run(bench: Bench, shape: LinkShape | None) -> dict[str, float]:
         first = _reading(processes, watcher, link, wan.skipped_rounds)
         last = _reading(processes, watcher, link, wan.skipped_rounds + wan.rounds)
     return figures_between(first, last, measured)
-
-
-def _start_server(processes: Processes, run: RunSettings, model: str) -> str:
-    """Its address, once it listens there."""
-    state = processes.state_of(_SERVER)
-    server = processes.start(_SERVER, server_command(run, model, state))
-    while (address := server.address("grpc")) is None:
-        processes.check()
-        time.sleep(_POLL_SECONDS)
-    return address
 
 
 def _run_settings(bench: Bench) -> RunSettings:
@@ -191,21 +180,13 @@ def _reading(
         time.sleep(_POLL_SECONDS)
     now = time.monotonic()
     counts = link.counts() if link else None
-    phases = _phase_seconds(client, "lesft_client_phase_seconds_total")
+    phases = phase_seconds(client.address("control"), "lesft_client_phase_seconds_total")
     return Reading(
         now,
         run["rounds_done"],
         counts.bytes_up if counts else status["bytes_up"],
         counts.bytes_down if counts else status["bytes_down"],
         sum(phases.get(phase, 0.0) for phase in _CLIENT_PHASES),
-        _phase_seconds(server, "lesft_server_step_seconds_sum")["back"],
+        phase_seconds(server.address("control"), "lesft_server_step_seconds_sum")["back"],
         link.cpu_seconds() if link else 0.0,
     )
-
-
-def _phase_seconds(service: Process, metric: str) -> dict[str, float]:
-    """A service's seconds by phase, from its metrics."""
-    answer = httpx.get(f"http://{service.address('control')}/metrics", timeout=_METRICS_SECONDS)
-    families = text_string_to_metric_families(answer.raise_for_status().text)
-    samples = [sample for family in families for sample in family.samples if sample.name == metric]
-    return {sample.labels["phase"]: sample.value for sample in samples}

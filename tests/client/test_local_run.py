@@ -341,6 +341,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         {"run": {"rounds": 1, "train_front": False}},
         "--no-run.train-front is for split runs: here nothing stands between front and back",
     ),
+    "weights in 8 bits": (
+        {"precision": "int8"},
+        "--precision int8 is for the front of a split run: with --local, take bf16",
+    ),
     "no aggregator": ({"run": {"rounds": 1, "clients": 2}}, NEEDS_AGGREGATOR),
 }
 

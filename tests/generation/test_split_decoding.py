@@ -269,6 +269,11 @@ def test_tuned_and_untuned_texts_can_be_written_at_the_same_time(tuned: Tuned) -
         ({"adapter": Path("x")}, InvalidInput, "--adapter is for --local"),
         ({"local": True}, InvalidInput, "--local runs the whole model here, without --server"),
         (
+            {"server": "", "local": True, "precision": "int4"},
+            InvalidInput,
+            "--precision int4 is for the front of a split model: with --local, take bf16",
+        ),
+        (
             {"server": "", "local": True, "adapter": Path("x")},
             InvalidInput,
             "--untuned and --adapter contradict each other",

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lesft.device import choose_device
+from lesft import device as device_module
+from lesft.device import Precision, choose_device, compute_dtype
 from lesft.errors import InvalidInput
 
 
@@ -26,3 +27,24 @@ def test_a_device_that_can_hold_no_numbers_is_refused_with_torchs_reason() -> No
         InvalidInput, match=r"^--device meta: torch cannot use it here \(.*\); use --device cpu$"
     ):
         choose_device("meta")
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "cpu_is_able", "dtype"),
+    [
+        ("fp32", "cuda", True, torch.float32),
+        ("bf16", "cpu", False, torch.bfloat16),
+        ("int8", "cpu", False, torch.float32),
+        ("int8", "cpu", True, torch.bfloat16),
+        ("int4", "cuda", False, torch.bfloat16),
+    ],
+)
+def test_quantised_weights_are_computed_with_in_bfloat16_where_that_is_fast(
+    monkeypatch: pytest.MonkeyPatch,
+    precision: Precision,
+    device: str,
+    cpu_is_able: bool,
+    dtype: torch.dtype,
+) -> None:
+    monkeypatch.setattr(device_module, "_cpu_multiplies_bfloat16", lambda: cpu_is_able)
+    assert compute_dtype(precision, torch.device(device)) == dtype
