@@ -50,6 +50,14 @@ class Refusal:
     message: str
 
 
+@contextmanager
+def without_pauses() -> Iterator[None]:
+    """Sessions in vain open at once, however many: what else is tested has no time to lose."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lesft_server.pauses.Pauses.seconds", lambda pauses, client_id: 0.0)
+        yield
+
+
 def refusal(kind: type[LesftError], message: str) -> Refusal:
     """The refusal that an error of our tree becomes."""
     return Refusal(status_of(kind("")).grpc, kind, message)

@@ -34,6 +34,7 @@ from tests.server.harness import (
     snapshot,
     wait_until,
     with_chunks,
+    without_pauses,
 )
 from tests.server.resumable_client import (
     adapters_of,
@@ -253,7 +254,7 @@ REFUSED: dict[str, tuple[Callable[[], list[TrainRequest]], type[LesftError], str
 def refusing(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A server in mid-run, which all that is refused must leave as it was."""
     state = tmp_path_factory.mktemp("refusing")
-    with serving(model, state, batch_size=2) as server:
+    with serving(model, state, batch_size=2) as server, without_pauses():
         with raw_channel(server.grpc) as channel:
             held_run(server, channel)
         yield server

@@ -23,7 +23,15 @@ from lesft_client.trainer import Trainer
 from tests.client.test_trainer import make_back
 from tests.harness import RunningServer, make_front, random_samples, server_settings
 from tests.server import resumable_client
-from tests.server.harness import assert_serving, join, raw_channel, refusal, snapshot, with_chunks
+from tests.server.harness import (
+    assert_serving,
+    join,
+    raw_channel,
+    refusal,
+    snapshot,
+    with_chunks,
+    without_pauses,
+)
 from tests.server.resumable_client import (
     ResumableClient,
     adapters_of,
@@ -200,7 +208,8 @@ REFUSED: dict[str, tuple[Callable[[], list[TrainRequest]], type[LesftError], str
 @pytest.fixture(scope="module")
 def refusing(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A server in mid-run, which all that is refused must leave as it was."""
-    with serving(model, tmp_path_factory.mktemp("refusing"), **ONCE, batch_size=2) as server:
+    state = tmp_path_factory.mktemp("refusing")
+    with serving(model, state, **ONCE, batch_size=2) as server, without_pauses():
         with raw_channel(server.grpc) as channel:
             session = join(channel, server.spec, "a", num_samples=3, instance_id="phone")
             session.send(*messages(StepKey(0, 0), [0, 1], [0, 1]))

@@ -1,4 +1,4 @@
-"""`wire` and `overhead` for real, by processes, on a tiny model: what must come out exactly."""
+"""`overhead` for real, by processes, on a tiny model: what must come out exactly."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 
 from lesft.errors import InternalError
-from lesft_client.data import client_share, encode_samples, load_samples
-from lesft_client.tokenizer import load_tokenizer
 from lesft_testbed.bench.overhead import (
     Overhead,
     cached_options,
@@ -16,12 +14,10 @@ from lesft_testbed.bench.overhead import (
 )
 from lesft_testbed.bench.part import Bench
 from lesft_testbed.bench.settings import BenchSettings
-from lesft_testbed.bench.wire import Wire, paper_bytes
 from tests.processes.harness import save_model_with_tokenizer
 from tests.testbed.running import write_data
-from tests.tiny_models import HIDDEN_SIZE
 
-SAMPLES, CLIENTS, EPOCHS = 4, 1, 2
+SAMPLES = 4
 
 
 @pytest.fixture(scope="module")
@@ -38,66 +34,12 @@ def settings_in(folder: Path, model: Path, data: Path) -> BenchSettings:
     return BenchSettings(
         output=folder,
         cache=folder / "cache",
-        parts=("wire",),
         model=str(model),
         data=str(data),
         samples=SAMPLES,
         threads=1,
-        wire={"clients": CLIENTS, "epochs": EPOCHS},
         overhead={"rounds": 2, "skipped_rounds": 1},
     )
-
-
-def lengths(model: Path, data: Path) -> dict[str, list[int]]:
-    """Base, reference and target tokens of all samples of an epoch, of all clients."""
-    drawn = load_samples(str(data), "train", CLIENTS * SAMPLES, 0)
-    tokenizer = load_tokenizer(str(model))
-    samples = []
-    for index in range(CLIENTS):
-        share = client_share(drawn, index, CLIENTS, SAMPLES, 0)
-        samples += encode_samples(share, tokenizer, 1024)[0]
-    return {
-        "base": [len(s.base_ids) for s in samples],
-        "reference": [len(s.reference_ids) for s in samples],
-        "target": [len(s.target_ids) for s in samples],
-    }
-
-
-def test_wire_counts_what_arithmetic_says(tmp_path: Path, model: Path, data: Path) -> None:
-    """At the leanest settings, where every kind has a size of its own."""
-    (scratch := tmp_path / "scratch").mkdir()
-    settings = settings_in(tmp_path, model, data)
-    with Wire().alternatives(Bench(settings, str(model), tmp_path, scratch)) as alternatives:
-        assert [each.name for each in alternatives] == ["default", "lean", "paper"]
-        values, paper = (each.measure() for each in alternatives[1:])
-    tokens = lengths(model, data)
-    targets = sum(tokens["target"])
-    base, reference = (sum(tokens[path]) + targets for path in ("base", "reference"))
-    row = HIDDEN_SIZE // 2 + 2  # half a byte a value, and a scale
-    assert values["activations_base_bytes_per_epoch"] == row * base
-    assert values["gradients_bytes_per_epoch"] == row * base
-    assert values["activations_reference_bytes_per_epoch"] == row * reference / EPOCHS
-    assert values["labels_bytes_per_epoch"] == 4 * targets / EPOCHS
-    assert values["bytes_per_epoch"] == pytest.approx(
-        values["up_bytes_per_epoch"] + values["down_bytes_per_epoch"]
-    )
-    # Padded to the longest of a cohort: no less than what is sent, no more than all as the longest.
-    adapters = paper["adapters_bytes_per_epoch"]
-    assert adapters == values["adapters_bytes_per_epoch"] / 2 > 0
-    sent = 2 * 2 * HIDDEN_SIZE * (base + reference)
-    longest = max(tokens["base"]) + max(tokens["reference"]) + 2 * max(tokens["target"])
-    most = 2 * 2 * HIDDEN_SIZE * longest * len(tokens["base"])
-    assert sent <= paper["bytes_per_epoch"] - adapters <= most
-
-
-def test_the_papers_bytes_are_of_padded_cohorts_in_both_directions() -> None:
-    def sample(base: int, reference: int, target: int) -> dict[str, list[int]]:
-        return {"base": [1] * base, "reference": [1] * reference, "target": [1] * target}
-
-    cohort = [[sample(5, 9, 3)], [sample(7, 8, 4)]]
-    alone = [[sample(2, 3, 1)], [sample(2, 3, 1)]]
-    numbers = 2 * (7 + 4) + 2 * (8 + 4) + 2 * (2 + 1) + 2 * (3 + 1)
-    assert paper_bytes([cohort, alone], hidden_size=10) == numbers * 10 * 2 * 2
 
 
 def test_overhead_trains_the_same_split_and_whole(tmp_path: Path, model: Path, data: Path) -> None:
