@@ -20,6 +20,12 @@ PROGRAM = Program(
             "lesft_client.train:train",
         ),
         Command(
+            "plan",
+            "measure this device and its link, and say where to cut the model",
+            "lesft_client.planning.settings:PlanSettings",
+            "lesft_client.planning.command:plan",
+        ),
+        Command(
             "enroll",
             "become a client of a server or an aggregator, with the token of its operator",
             "lesft_client.enrol:EnrollSettings",

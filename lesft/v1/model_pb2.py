@@ -26,7 +26,7 @@ from lesft.v1 import run_pb2 as lesft_dot_v1_dot_run__pb2
 from lesft.v1 import tensor_pb2 as lesft_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14lesft/v1/model.proto\x12\x08lesft.v1\x1a\x12lesft/v1/run.proto\x1a\x15lesft/v1/tensor.proto\".\n\x12\x44\x65scribeRunRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"u\n\x13\x44\x65scribeRunResponse\x12\x1f\n\x04spec\x18\x01 \x01(\x0b\x32\x11.lesft.v1.RunSpec\x12\x13\n\x0b\x63onfig_json\x18\x02 \x01(\t\x12\x13\n\x0b\x66ront_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bmax_context\x18\x04 \x01(\r\"D\n\x11\x46\x65tchFrontRequest\x12\x19\n\x11\x66ront_fingerprint\x18\x01 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\"G\n\x12\x46\x65tchFrontResponse\x12\x14\n\x0coffset_bytes\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\"Y\n\x13\x46\x65tchAdapterRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x18\n\x10spec_fingerprint\x18\x02 \x01(\t\x12\x0e\n\x06rounds\x18\x03 \x01(\r\"l\n\x14\x46\x65tchAdapterResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.lesft.v1.AdapterHeaderH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.lesft.v1.ChunkH\x00\x42\x07\n\x05piece\"\x96\x01\n\rAdapterHeader\x12$\n\x06\x62undle\x18\x01 \x01(\x0b\x32\x14.lesft.v1.BundleInfo\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x18\n\x10spec_fingerprint\x18\x03 \x01(\t\x12\x11\n\tcut_layer\x18\x04 \x01(\r\x12\x0e\n\x06rounds\x18\x05 \x01(\r\x12\x12\n\nnum_layers\x18\x06 \x01(\r2\xf6\x01\n\x0cModelService\x12J\n\x0b\x44\x65scribeRun\x12\x1c.lesft.v1.DescribeRunRequest\x1a\x1d.lesft.v1.DescribeRunResponse\x12I\n\nFetchFront\x12\x1b.lesft.v1.FetchFrontRequest\x1a\x1c.lesft.v1.FetchFrontResponse0\x01\x12O\n\x0c\x46\x65tchAdapter\x12\x1d.lesft.v1.FetchAdapterRequest\x1a\x1e.lesft.v1.FetchAdapterResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14lesft/v1/model.proto\x12\x08lesft.v1\x1a\x12lesft/v1/run.proto\x1a\x15lesft/v1/tensor.proto\".\n\x12\x44\x65scribeRunRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"u\n\x13\x44\x65scribeRunResponse\x12\x1f\n\x04spec\x18\x01 \x01(\x0b\x32\x11.lesft.v1.RunSpec\x12\x13\n\x0b\x63onfig_json\x18\x02 \x01(\t\x12\x13\n\x0b\x66ront_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bmax_context\x18\x04 \x01(\r\"D\n\x11\x46\x65tchFrontRequest\x12\x19\n\x11\x66ront_fingerprint\x18\x01 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\"G\n\x12\x46\x65tchFrontResponse\x12\x14\n\x0coffset_bytes\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\"Y\n\x13\x46\x65tchAdapterRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x18\n\x10spec_fingerprint\x18\x02 \x01(\t\x12\x0e\n\x06rounds\x18\x03 \x01(\r\"l\n\x14\x46\x65tchAdapterResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.lesft.v1.AdapterHeaderH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.lesft.v1.ChunkH\x00\x42\x07\n\x05piece\"\x96\x01\n\rAdapterHeader\x12$\n\x06\x62undle\x18\x01 \x01(\x0b\x32\x14.lesft.v1.BundleInfo\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x18\n\x10spec_fingerprint\x18\x03 \x01(\t\x12\x11\n\tcut_layer\x18\x04 \x01(\r\x12\x0e\n\x06rounds\x18\x05 \x01(\r\x12\x12\n\nnum_layers\x18\x06 \x01(\r\";\n\x12MeasureLinkRequest\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x12\x14\n\x0c\x61nswer_bytes\x18\x02 \x01(\r\"&\n\x13MeasureLinkResponse\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\"w\n\x12MeasureBackRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x14\n\x0c\x62\x61se_lengths\x18\x02 \x03(\r\x12\x19\n\x11reference_lengths\x18\x03 \x03(\r\x12\x16\n\x0etarget_lengths\x18\x04 \x03(\r\"C\n\x13MeasureBackResponse\x12\x15\n\rfixed_seconds\x18\x01 \x01(\x01\x12\x15\n\rlayer_seconds\x18\x02 \x01(\x01\"\xb9\x01\n\x10\x41pplyPlanRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x18\n\x10spec_fingerprint\x18\x02 \x01(\t\x12\x11\n\tcut_layer\x18\x03 \x01(\r\x12/\n\x13\x61\x63tivation_encoding\x18\x04 \x01(\x0e\x32\x12.lesft.v1.Encoding\x12-\n\x11gradient_encoding\x18\x05 \x01(\x0e\x32\x12.lesft.v1.Encoding\"\x13\n\x11\x41pplyPlanResponse2\xd8\x03\n\x0cModelService\x12J\n\x0b\x44\x65scribeRun\x12\x1c.lesft.v1.DescribeRunRequest\x1a\x1d.lesft.v1.DescribeRunResponse\x12I\n\nFetchFront\x12\x1b.lesft.v1.FetchFrontRequest\x1a\x1c.lesft.v1.FetchFrontResponse0\x01\x12O\n\x0c\x46\x65tchAdapter\x12\x1d.lesft.v1.FetchAdapterRequest\x1a\x1e.lesft.v1.FetchAdapterResponse0\x01\x12N\n\x0bMeasureLink\x12\x1c.lesft.v1.MeasureLinkRequest\x1a\x1d.lesft.v1.MeasureLinkResponse(\x01\x30\x01\x12J\n\x0bMeasureBack\x12\x1c.lesft.v1.MeasureBackRequest\x1a\x1d.lesft.v1.MeasureBackResponse\x12\x44\n\tApplyPlan\x12\x1a.lesft.v1.ApplyPlanRequest\x1a\x1b.lesft.v1.ApplyPlanResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,6 +47,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FETCHADAPTERRESPONSE']._serialized_end=586
   _globals['_ADAPTERHEADER']._serialized_start=589
   _globals['_ADAPTERHEADER']._serialized_end=739
-  _globals['_MODELSERVICE']._serialized_start=742
-  _globals['_MODELSERVICE']._serialized_end=988
+  _globals['_MEASURELINKREQUEST']._serialized_start=741
+  _globals['_MEASURELINKREQUEST']._serialized_end=800
+  _globals['_MEASURELINKRESPONSE']._serialized_start=802
+  _globals['_MEASURELINKRESPONSE']._serialized_end=840
+  _globals['_MEASUREBACKREQUEST']._serialized_start=842
+  _globals['_MEASUREBACKREQUEST']._serialized_end=961
+  _globals['_MEASUREBACKRESPONSE']._serialized_start=963
+  _globals['_MEASUREBACKRESPONSE']._serialized_end=1030
+  _globals['_APPLYPLANREQUEST']._serialized_start=1033
+  _globals['_APPLYPLANREQUEST']._serialized_end=1218
+  _globals['_APPLYPLANRESPONSE']._serialized_start=1220
+  _globals['_APPLYPLANRESPONSE']._serialized_end=1239
+  _globals['_MODELSERVICE']._serialized_start=1242
+  _globals['_MODELSERVICE']._serialized_end=1714
 # @@protoc_insertion_point(module_scope)

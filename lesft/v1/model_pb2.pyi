@@ -3,8 +3,10 @@
 isort:skip_file
 How a client gets the run's settings and its part of the model."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from lesft.v1 import run_pb2 as _run_pb2
 from lesft.v1 import tensor_pb2 as _tensor_pb2
 import builtins as _builtins
@@ -242,3 +244,174 @@ class AdapterHeader(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AdapterHeader: _TypeAlias = AdapterHeader  # noqa: Y015
+
+@_typing.final
+class MeasureLinkRequest(_message.Message):
+    """A piece of traffic to measure the link by."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    ANSWER_BYTES_FIELD_NUMBER: _builtins.int
+    payload: _builtins.bytes
+    """Bytes without a meaning, at most 1 MiB."""
+    answer_bytes: _builtins.int
+    """How many bytes the answer is to have, at most 1 MiB."""
+    def __init__(
+        self,
+        *,
+        payload: _builtins.bytes = ...,
+        answer_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_bytes", b"answer_bytes", "payload", b"payload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasureLinkRequest: _TypeAlias = MeasureLinkRequest  # noqa: Y015
+
+@_typing.final
+class MeasureLinkResponse(_message.Message):
+    """The answer to one request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    payload: _builtins.bytes
+    """As many bytes as were asked for, without a meaning."""
+    def __init__(
+        self,
+        *,
+        payload: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasureLinkResponse: _TypeAlias = MeasureLinkResponse  # noqa: Y015
+
+@_typing.final
+class MeasureBackRequest(_message.Message):
+    """A micro-batch to measure the back by: what `MicroBatch` of the training service says of one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    BASE_LENGTHS_FIELD_NUMBER: _builtins.int
+    REFERENCE_LENGTHS_FIELD_NUMBER: _builtins.int
+    TARGET_LENGTHS_FIELD_NUMBER: _builtins.int
+    protocol_version: _builtins.int
+    """Version of this protocol that the client speaks."""
+    @_builtins.property
+    def base_lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens of each sample on the base path."""
+
+    @_builtins.property
+    def reference_lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens of each sample on the reference path; empty where the loss needs none."""
+
+    @_builtins.property
+    def target_lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Target tokens of each sample."""
+
+    def __init__(
+        self,
+        *,
+        protocol_version: _builtins.int = ...,
+        base_lengths: _abc.Iterable[_builtins.int] | None = ...,
+        reference_lengths: _abc.Iterable[_builtins.int] | None = ...,
+        target_lengths: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_lengths", b"base_lengths", "protocol_version", b"protocol_version", "reference_lengths", b"reference_lengths", "target_lengths", b"target_lengths"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasureBackRequest: _TypeAlias = MeasureBackRequest  # noqa: Y015
+
+@_typing.final
+class MeasureBackResponse(_message.Message):
+    """What one training step takes when each client of the run brings such a micro-batch: with a back
+    of n layers, fixed_seconds + n * layer_seconds.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIXED_SECONDS_FIELD_NUMBER: _builtins.int
+    LAYER_SECONDS_FIELD_NUMBER: _builtins.int
+    fixed_seconds: _builtins.float
+    """Seconds, whatever the cut: final norm, LM head and loss."""
+    layer_seconds: _builtins.float
+    """Seconds of each decoder layer, forward and backward, on both paths."""
+    def __init__(
+        self,
+        *,
+        fixed_seconds: _builtins.float = ...,
+        layer_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fixed_seconds", b"fixed_seconds", "layer_seconds", b"layer_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasureBackResponse: _TypeAlias = MeasureBackResponse  # noqa: Y015
+
+@_typing.final
+class ApplyPlanRequest(_message.Message):
+    """The cut and the encodings that a plan recommends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    SPEC_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    CUT_LAYER_FIELD_NUMBER: _builtins.int
+    ACTIVATION_ENCODING_FIELD_NUMBER: _builtins.int
+    GRADIENT_ENCODING_FIELD_NUMBER: _builtins.int
+    protocol_version: _builtins.int
+    """Version of this protocol that the client speaks."""
+    spec_fingerprint: _builtins.str
+    """Fingerprint of the run spec that the plan was made for; another one is refused."""
+    cut_layer: _builtins.int
+    """Number of decoder layers on the client."""
+    activation_encoding: _tensor_pb2.Encoding.ValueType
+    """How activations travel to the server."""
+    gradient_encoding: _tensor_pb2.Encoding.ValueType
+    """How gradients travel to the client."""
+    def __init__(
+        self,
+        *,
+        protocol_version: _builtins.int = ...,
+        spec_fingerprint: _builtins.str = ...,
+        cut_layer: _builtins.int = ...,
+        activation_encoding: _tensor_pb2.Encoding.ValueType = ...,
+        gradient_encoding: _tensor_pb2.Encoding.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_encoding", b"activation_encoding", "cut_layer", b"cut_layer", "gradient_encoding", b"gradient_encoding", "protocol_version", b"protocol_version", "spec_fingerprint", b"spec_fingerprint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApplyPlanRequest: _TypeAlias = ApplyPlanRequest  # noqa: Y015
+
+@_typing.final
+class ApplyPlanResponse(_message.Message):
+    """The plan is kept; the server loads its part of the model anew and answers again once it has."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApplyPlanResponse: _TypeAlias = ApplyPlanResponse  # noqa: Y015

@@ -51,6 +51,21 @@ class ModelServiceStub:
                 request_serializer=lesft_dot_v1_dot_model__pb2.FetchAdapterRequest.SerializeToString,
                 response_deserializer=lesft_dot_v1_dot_model__pb2.FetchAdapterResponse.FromString,
                 _registered_method=True)
+        self.MeasureLink = channel.stream_stream(
+                '/lesft.v1.ModelService/MeasureLink',
+                request_serializer=lesft_dot_v1_dot_model__pb2.MeasureLinkRequest.SerializeToString,
+                response_deserializer=lesft_dot_v1_dot_model__pb2.MeasureLinkResponse.FromString,
+                _registered_method=True)
+        self.MeasureBack = channel.unary_unary(
+                '/lesft.v1.ModelService/MeasureBack',
+                request_serializer=lesft_dot_v1_dot_model__pb2.MeasureBackRequest.SerializeToString,
+                response_deserializer=lesft_dot_v1_dot_model__pb2.MeasureBackResponse.FromString,
+                _registered_method=True)
+        self.ApplyPlan = channel.unary_unary(
+                '/lesft.v1.ModelService/ApplyPlan',
+                request_serializer=lesft_dot_v1_dot_model__pb2.ApplyPlanRequest.SerializeToString,
+                response_deserializer=lesft_dot_v1_dot_model__pb2.ApplyPlanResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
@@ -79,6 +94,29 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MeasureLink(self, request_iterator, context):
+        """What the link can carry: each request is answered at once, in order, with as many bytes as it
+        asks for. Bounded in bytes and time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MeasureBack(self, request, context):
+        """What a micro-batch costs on this server. Trains nothing; refused as busy when asked too often.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ApplyPlan(self, request, context):
+        """Asks to begin the run with another cut and other encodings, where the operator allows that and
+        no client has joined.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -96,6 +134,21 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.FetchAdapter,
                     request_deserializer=lesft_dot_v1_dot_model__pb2.FetchAdapterRequest.FromString,
                     response_serializer=lesft_dot_v1_dot_model__pb2.FetchAdapterResponse.SerializeToString,
+            ),
+            'MeasureLink': grpc.stream_stream_rpc_method_handler(
+                    servicer.MeasureLink,
+                    request_deserializer=lesft_dot_v1_dot_model__pb2.MeasureLinkRequest.FromString,
+                    response_serializer=lesft_dot_v1_dot_model__pb2.MeasureLinkResponse.SerializeToString,
+            ),
+            'MeasureBack': grpc.unary_unary_rpc_method_handler(
+                    servicer.MeasureBack,
+                    request_deserializer=lesft_dot_v1_dot_model__pb2.MeasureBackRequest.FromString,
+                    response_serializer=lesft_dot_v1_dot_model__pb2.MeasureBackResponse.SerializeToString,
+            ),
+            'ApplyPlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.ApplyPlan,
+                    request_deserializer=lesft_dot_v1_dot_model__pb2.ApplyPlanRequest.FromString,
+                    response_serializer=lesft_dot_v1_dot_model__pb2.ApplyPlanResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -181,6 +234,87 @@ class ModelService:
             '/lesft.v1.ModelService/FetchAdapter',
             lesft_dot_v1_dot_model__pb2.FetchAdapterRequest.SerializeToString,
             lesft_dot_v1_dot_model__pb2.FetchAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureLink(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/lesft.v1.ModelService/MeasureLink',
+            lesft_dot_v1_dot_model__pb2.MeasureLinkRequest.SerializeToString,
+            lesft_dot_v1_dot_model__pb2.MeasureLinkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureBack(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lesft.v1.ModelService/MeasureBack',
+            lesft_dot_v1_dot_model__pb2.MeasureBackRequest.SerializeToString,
+            lesft_dot_v1_dot_model__pb2.MeasureBackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ApplyPlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lesft.v1.ModelService/ApplyPlan',
+            lesft_dot_v1_dot_model__pb2.ApplyPlanRequest.SerializeToString,
+            lesft_dot_v1_dot_model__pb2.ApplyPlanResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,16 @@ class ModelServiceStub:
     """The front's weights from a byte offset on, so that a cut download resumes where it ended."""
     FetchAdapter: _grpc.UnaryStreamMultiCallable[_model_pb2.FetchAdapterRequest, _model_pb2.FetchAdapterResponse]
     """The server's half of the finished adapter, where its operator allows that."""
+    MeasureLink: _grpc.StreamStreamMultiCallable[_model_pb2.MeasureLinkRequest, _model_pb2.MeasureLinkResponse]
+    """What the link can carry: each request is answered at once, in order, with as many bytes as it
+    asks for. Bounded in bytes and time.
+    """
+    MeasureBack: _grpc.UnaryUnaryMultiCallable[_model_pb2.MeasureBackRequest, _model_pb2.MeasureBackResponse]
+    """What a micro-batch costs on this server. Trains nothing; refused as busy when asked too often."""
+    ApplyPlan: _grpc.UnaryUnaryMultiCallable[_model_pb2.ApplyPlanRequest, _model_pb2.ApplyPlanResponse]
+    """Asks to begin the run with another cut and other encodings, where the operator allows that and
+    no client has joined.
+    """
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -55,6 +65,16 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """The front's weights from a byte offset on, so that a cut download resumes where it ended."""
     FetchAdapter: _aio.UnaryStreamMultiCallable[_model_pb2.FetchAdapterRequest, _model_pb2.FetchAdapterResponse]  # type: ignore[assignment]
     """The server's half of the finished adapter, where its operator allows that."""
+    MeasureLink: _aio.StreamStreamMultiCallable[_model_pb2.MeasureLinkRequest, _model_pb2.MeasureLinkResponse]  # type: ignore[assignment]
+    """What the link can carry: each request is answered at once, in order, with as many bytes as it
+    asks for. Bounded in bytes and time.
+    """
+    MeasureBack: _aio.UnaryUnaryMultiCallable[_model_pb2.MeasureBackRequest, _model_pb2.MeasureBackResponse]  # type: ignore[assignment]
+    """What a micro-batch costs on this server. Trains nothing; refused as busy when asked too often."""
+    ApplyPlan: _aio.UnaryUnaryMultiCallable[_model_pb2.ApplyPlanRequest, _model_pb2.ApplyPlanResponse]  # type: ignore[assignment]
+    """Asks to begin the run with another cut and other encodings, where the operator allows that and
+    no client has joined.
+    """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """The central server as keeper of the base weights and, once the run is finished, of its half of
@@ -84,5 +104,33 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_pb2.FetchAdapterResponse], _abc.AsyncIterator[_model_pb2.FetchAdapterResponse]]:
         """The server's half of the finished adapter, where its operator allows that."""
+
+    @_abc_1.abstractmethod
+    def MeasureLink(
+        self,
+        request_iterator: _MaybeAsyncIterator[_model_pb2.MeasureLinkRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_model_pb2.MeasureLinkResponse], _abc.AsyncIterator[_model_pb2.MeasureLinkResponse]]:
+        """What the link can carry: each request is answered at once, in order, with as many bytes as it
+        asks for. Bounded in bytes and time.
+        """
+
+    @_abc_1.abstractmethod
+    def MeasureBack(
+        self,
+        request: _model_pb2.MeasureBackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.MeasureBackResponse, _abc.Awaitable[_model_pb2.MeasureBackResponse]]:
+        """What a micro-batch costs on this server. Trains nothing; refused as busy when asked too often."""
+
+    @_abc_1.abstractmethod
+    def ApplyPlan(
+        self,
+        request: _model_pb2.ApplyPlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.ApplyPlanResponse, _abc.Awaitable[_model_pb2.ApplyPlanResponse]]:
+        """Asks to begin the run with another cut and other encodings, where the operator allows that and
+        no client has joined.
+        """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

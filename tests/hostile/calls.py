@@ -143,6 +143,26 @@ class ServerAttacks:
                         rounds=self._spec.rounds,
                     ),
                 ),
+                ("MeasureLink", model_pb2.MeasureLinkRequest(payload=b"1", answer_bytes=1)),
+                (
+                    "MeasureBack",
+                    model_pb2.MeasureBackRequest(
+                        protocol_version=PROTOCOL_VERSION,
+                        base_lengths=[5],
+                        reference_lengths=[6],
+                        target_lengths=[2],
+                    ),
+                ),
+                (
+                    "ApplyPlan",
+                    model_pb2.ApplyPlanRequest(
+                        protocol_version=PROTOCOL_VERSION,
+                        spec_fingerprint=self._spec.fingerprint(),
+                        cut_layer=2,
+                        activation_encoding=encoding_to_message("int8"),
+                        gradient_encoding=encoding_to_message("int8"),
+                    ),
+                ),
             )
         )
         message = mutate_message(random, request)
