@@ -102,8 +102,12 @@ class RawSession:
         return message.heartbeat.waiting_for
 
     def receive_answer(self) -> tuple[training_pb2.StepResult, bytes]:
-        """The next result and its bundle, which is read whole and checked."""
+        """The next result and its bundle, which is read whole and checked.
+
+        How long it took is no part of it: a repeated one took other times.
+        """
         header = self.receive().step
+        header.ClearField("times")
         reader = BundleReader(header.bundle, 1 << 30)
         while not reader.complete:
             reader.add(self.receive().chunk)
