@@ -5,6 +5,7 @@ Shape letters: N tokens of the whole batch, T its target tokens, D width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -60,10 +61,10 @@ class CohortBatch:
         )
         self._known = [log_probs_T for part in parts for log_probs_T in part.known]
 
-    @property
+    @cached_property
     def reference_targets(self) -> Targets:
         """The targets of the samples that `reference` is of."""
-        ids = self._by_sample(self.targets.ids_T)
+        ids = torch.split(self.targets.ids_T, list(self.targets.lengths))
         unknown = [ids_T for ids_T, known in zip(ids, self._known, strict=True) if known is None]
         return Targets(torch.cat(unknown), tuple(len(ids_T) for ids_T in unknown))
 
@@ -83,9 +84,6 @@ class CohortBatch:
             if part.memory is not None:
                 lengths = list(part.micro_batch.targets.lengths)
                 part.memory.keep(part.micro_batch, torch.split(log_probs_T[rows], lengths))
-
-    def _by_sample(self, values_T: torch.Tensor) -> Sequence[torch.Tensor]:
-        return torch.split(values_T, list(self.targets.lengths))
 
     def token_scales(self) -> torch.Tensor:
         """`[T]` float32: the factor of each token's term, share_i / (B_i |y|) (eq. 1 and 17)."""

@@ -66,10 +66,10 @@ class SampleMemory:
             return True
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All of it as named tensors, for a checkpoint."""
+        """All of it as named tensors, for a checkpoint; none of a client without samples here."""
         return {
             f"{PREFIX}{client_id}.{name}": tensor
-            for client_id, client in self._clients.items()
+            for client_id, client in list(self._clients.items())  # a client may join meanwhile
             for name, tensor in client.state().items()
         }
 
@@ -181,17 +181,18 @@ class ClientMemory:
     # ------------------------------------------------------------------ checkpoints
 
     def state(self) -> dict[str, torch.Tensor]:
-        """As named tensors: samples one after another."""
+        """As named tensors, samples one after another; none where there are no samples."""
         every = self._all()
         samples = [sample for _, sample in every]
-        empty = torch.empty(0)
+        if not samples:
+            return {}
         return {
             "instance": torch.tensor(list(self.instance_id.encode()), dtype=torch.uint8),
             "numbers": torch.tensor([number for number, _ in every], dtype=torch.int64),
             "since": torch.tensor([[s.since.round, s.since.micro] for s in samples]),
             "lengths": torch.tensor([len(s.ids_T) for s in samples], dtype=torch.int64),
-            "ids": torch.cat([s.ids_T for s in samples]) if samples else empty.int(),
-            "log_probs": torch.cat([s.log_probs_T for s in samples]) if samples else empty,
+            "ids": torch.cat([s.ids_T for s in samples]),
+            "log_probs": torch.cat([s.log_probs_T for s in samples]),
         }
 
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
