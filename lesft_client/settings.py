@@ -12,6 +12,9 @@ from lesft.settings import ServiceSettings
 from lesft_client.connection_settings import ConnectionSettings, ListenerSettings
 from lesft_client.log_settings import ClientLogSettings
 
+Precision = Literal["fp32", "bf16", "int8", "int4"]
+"""As `lesft.device` has it, which loads torch."""
+
 
 def _checked_share(value: str) -> str:
     match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", value, re.ASCII)
@@ -104,7 +107,7 @@ class LanguageModelSettings(ConnectionSettings, ClientLogSettings):
         Path("~/.cache/lesft"), description="Folder for front weights fetched from servers."
     )
     device: str = Field("auto", description="torch device; auto takes CUDA when there is one.")
-    precision: Literal["fp32", "bf16", "int8", "int4"] = Field(
+    precision: Precision = Field(
         "fp32", description="fp32, or bf16, int8 or int4 weights; the last two with a server only."
     )
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0 leaves its default.")

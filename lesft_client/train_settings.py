@@ -9,7 +9,7 @@ from pydantic_settings import SettingsConfigDict
 from lesft.spec import Encoding, LoraSpec, RunOptions
 from lesft_client.connection_settings import ConnectionSettings, ListenerSettings
 from lesft_client.log_settings import ClientLogSettings
-from lesft_client.settings import DataSettings
+from lesft_client.settings import DataSettings, Precision
 
 
 class RequiredLora(LoraSpec):
@@ -62,7 +62,7 @@ class TrainSettings(DataSettings, ConnectionSettings, ListenerSettings, ClientLo
         Path("~/.cache/lesft"), description="Folder for front weights fetched from servers."
     )
     device: str = Field("auto", description="torch device; auto takes CUDA when there is one.")
-    precision: Literal["fp32", "bf16", "int8", "int4"] = Field(
+    precision: Precision = Field(
         "fp32",
         description="fp32, or bf16 weights and autocast with adapters in fp32; int8 and int4 keep "
         "the front's frozen weights in 8 and 4 bits.",

@@ -96,7 +96,7 @@ class Server:
         front_file = FrontFile(checkpoint, spec.cut_layer)
         adapter_file = settings.state / ADAPTER_FILE
         generation = _generation(settings, engine)
-        self._planning = Planning(
+        planning = Planning(
             engine,
             checkpoint.config.num_hidden_layers,
             self._take_plan if settings.accept_plans else None,
@@ -110,7 +110,7 @@ class Server:
             front_file,
             adapter,
             generation.max_context,
-            self._planning,
+            planning,
         )
 
         self._metrics.watch(engine, generation, models)

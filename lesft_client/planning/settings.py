@@ -1,14 +1,13 @@
 """The settings of `lesft-client plan`; those that it shares with `train` mean the same."""
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from lesft_client.connection_settings import ConnectionSettings
 from lesft_client.log_settings import ClientLogSettings
-from lesft_client.settings import DataSettings
+from lesft_client.settings import DataSettings, Precision
 
 
 class PlanSettings(DataSettings, ConnectionSettings, ClientLogSettings):
@@ -25,7 +24,7 @@ class PlanSettings(DataSettings, ConnectionSettings, ClientLogSettings):
         Path("plan"), description="Folder for plan.json, plan.md and plan.png; made where needed."
     )
     device: str = Field("auto", description="torch device; auto takes CUDA when there is one.")
-    precision: Literal["fp32", "bf16", "int8", "int4"] = Field(
+    precision: Precision = Field(
         "fp32", description="That of the training that is planned; see lesft-client train."
     )
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0 leaves its default.")
