@@ -5,8 +5,23 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
+import torch
 
 _SPARE = 32
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """One thread for torch in this process: with tiny models others would only wait.
+
+    Results are compared to the last bit, which depends on how many there are. Commands and servers
+    that are tested here choose a number for the whole process.
+    """
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -111,9 +111,6 @@ def running_server(settings: ServerSettings) -> Iterator[RunningServer]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
-        # A server's --threads is what every thread begins with from then on, in this process too;
-        # matrix products of one thread and of two differ in their last bit.
-        torch.set_num_threads(torch.get_num_threads())
 
 
 @dataclass

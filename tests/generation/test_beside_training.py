@@ -19,8 +19,6 @@ from tests.generation.harness import (
 from tests.harness import random_samples, running_server, server_settings
 from tests.server.harness import Crew, train_to_the_end
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MOST = 6
 ASKED = prompts(2, seed=8)
 DRAWN = Sampling(temperature=0.9, seed=3)

@@ -14,8 +14,6 @@ from lesft.split import back_hidden, front_forward, head_logits
 from lesft.weights import Checkpoint, load_back, load_front
 from tests.tiny_models import FAMILIES, HIDDEN_SIZE, VOCAB_SIZE, save_tiny_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 CUT = 1
 SLIDING = ("gemma2", "mistral")

@@ -69,8 +69,6 @@ from tests.server.harness import (
 from tests.server.mid_run import MidRun, starting_mid_run
 from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 Messages = list[GenerateRequest | bytes]
 
 BYTES_PER_TOKEN = 3 * 2 * 2 * 8 * 4

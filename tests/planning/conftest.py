@@ -5,9 +5,6 @@ from pathlib import Path
 import pytest
 
 from lesft_testbed.tiny_model import save_tiny_model
-from tests.client.conftest import one_thread
-
-__all__ = ["one_thread"]
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
 """The RPCs by which a plan measures: what comes of them, their bounds, what they leave alone."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -16,8 +17,10 @@ from lesft.micro_batch import StepKey
 from lesft.spec import PROTOCOL_VERSION
 from lesft.v1 import model_pb2, model_pb2_grpc
 from lesft_client.planning.link_speed import measure_link
-from lesft_server.back_speed import Lengths, measure_back
+from lesft_server.back_speed import BackSpeed, Lengths, measure_back
 from lesft_server.link_echo import echo
+from lesft_server.planning import Planning
+from lesft_server.session import Engine
 from lesft_testbed.emulated_link import EmulatedLink, LinkShape
 from tests.harness import (
     RunningServer,
@@ -137,9 +140,8 @@ def test_a_measurement_ends_at_its_time_when_no_request_comes() -> None:
 
 
 def test_the_server_tells_what_a_micro_batch_costs(
-    server: RunningServer, stub: model_pb2_grpc.ModelServiceStub
+    stub: model_pb2_grpc.ModelServiceStub,
 ) -> None:
-    server.server._planning._free_at = 0.0
     answer = stub.MeasureBack(model_pb2.MeasureBackRequest(**REQUEST))
     assert 1e-4 < answer.fixed_seconds + 3 * answer.layer_seconds < 10
 
@@ -172,32 +174,28 @@ def test_lengths_of_no_micro_batch_are_refused(
     assert_serving(server)
 
 
-def test_measuring_takes_no_more_than_its_part_of_the_device(
-    stub: model_pb2_grpc.ModelServiceStub, server: RunningServer
-) -> None:
+def test_measuring_takes_no_more_than_its_part_of_the_device(server: RunningServer) -> None:
     now = [100.0]
-    planning = server.server._planning
-    planning._clock = lambda: now[0]
-    planning._free_at = 0.0
-    run = planning._engine.device.run
 
-    async def slow(job: Any) -> Any:
-        now[0] += 2.0
-        return await run(job)
+    class SlowDevice:
+        async def run(self, job: Callable[[], BackSpeed]) -> BackSpeed:
+            now[0] += 2.0
+            return job()
 
-    object.__setattr__(planning._engine.device, "run", slow)
-    try:
-        request = model_pb2.MeasureBackRequest(**REQUEST)
-        stub.MeasureBack(request)  # from 100 to 102: another may begin at 110
-        now[0] = 107.0
-        with pytest.raises(grpc.RpcError) as caught:
-            stub.MeasureBack(request)
-        assert refusal_of(caught.value).kind is Busy
-        assert refusal_of(caught.value).message.endswith("ask again in 3 s")
-        now[0] = 110.0
-        stub.MeasureBack(request)
-    finally:
-        del planning._engine.device.__dict__["run"]
+    engine = server.server.engine
+    assert engine is not None
+    slow = SimpleNamespace(device=SlowDevice(), limits=engine.limits, back=engine.back)
+    planning = Planning(cast(Engine, slow), 3, accept=None, clock=lambda: now[0])
+
+    def measure() -> model_pb2.MeasureBackResponse:
+        return asyncio.run(planning.measure_back(model_pb2.MeasureBackRequest(**REQUEST)))
+
+    measure()  # from 100 to 102: another may begin at 110
+    now[0] = 107.0
+    with pytest.raises(Busy, match=r"ask again in 3 s$"):
+        measure()
+    now[0] = 110.0
+    measure()
 
 
 def test_measuring_in_the_midst_of_a_window_changes_nothing(model: Path, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from lesft.errors import InvalidInput, RunStopped
@@ -60,11 +59,10 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     signals = (signal.SIGTERM, signal.SIGHUP)
-    handlers, threads = [signal.getsignal(number) for number in signals], torch.get_num_threads()
+    handlers = [signal.getsignal(number) for number in signals]
     yield
     for number, handler in zip(signals, handlers, strict=True):
         signal.signal(number, handler)
-    torch.set_num_threads(threads)
 
 
 def refused(

@@ -56,15 +56,6 @@ serving = partial(resumable_client.serving, train_front=False)
 train_alone = partial(resumable_client.train_alone, train_front=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Fronts run in many threads here, and are compared to the last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # ---------------------------------------------------------------------- what travels
 
 
