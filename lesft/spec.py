@@ -12,9 +12,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Encoding = Literal["raw", "bf16", "int8", "int4"]
-"""How activations or gradients travel: as they are computed, or rounded to bfloat16."""
+"""How activations or gradients travel: as they are computed, or in fewer bits a value."""
 
-PROTOCOL_VERSION = 4
+AdapterEncoding = Literal["raw", "int8", "int4"]
+"""How adapters travel: as they are, or as their change since the last average; `adapter_codec`."""
+
+PROTOCOL_VERSION = 5
 
 CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 """What a client's name may be."""
@@ -175,6 +178,11 @@ class RunOptions(_Spec):
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of every random draw of the run.")
     activation_encoding: Encoding = Field("raw", description="How activations travel.")
     gradient_encoding: Encoding = Field("raw", description="How gradients travel.")
+    adapter_encoding: AdapterEncoding = Field(
+        "raw",
+        description="How adapters travel to the aggregator and back: whole, or in so many bits a "
+        "value what has changed since the last average.",
+    )
     lora: LoraSpec = LoraSpec()
     loss: LossSpec = LossSpec()
     optimizer: OptimizerSpec = OptimizerSpec()

@@ -6,13 +6,14 @@ from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 from pydantic import ValidationError
 
 from lesft.errors import InvalidInput
-from lesft.spec import Encoding, LoraSpec, RunSpec
+from lesft.spec import AdapterEncoding, Encoding, LoraSpec, RunSpec
 from lesft.v1 import run_pb2, tensor_pb2
 
 # Enum values carry their type's name as a prefix in protobuf; ours are the bare lower-case rest.
 _PREFIXES = {
     "activation_encoding": "ENCODING_",
     "gradient_encoding": "ENCODING_",
+    "adapter_encoding": "ADAPTER_ENCODING_",
     "token_weights": "TOKEN_WEIGHTS_",
     "clustering": "CLUSTERING_",
     "schedule": "SCHEDULE_",
@@ -68,6 +69,31 @@ def encoding_to_message(encoding: Encoding) -> tensor_pb2.Encoding.ValueType:
 def encoding_name(value: int) -> str:
     """Our name of a protobuf encoding, or the bare number of one we do not know."""
     return next((name for name, number in _ENCODINGS.items() if number == value), str(value))
+
+
+_ADAPTER_ENCODINGS: dict[AdapterEncoding, tensor_pb2.AdapterEncoding.ValueType] = {
+    "raw": tensor_pb2.ADAPTER_ENCODING_RAW,
+    "int8": tensor_pb2.ADAPTER_ENCODING_INT8,
+    "int4": tensor_pb2.ADAPTER_ENCODING_INT4,
+}
+
+
+def adapter_encoding_to_message(
+    encoding: AdapterEncoding,
+) -> tensor_pb2.AdapterEncoding.ValueType:
+    """The protobuf value of an adapter's encoding."""
+    return _ADAPTER_ENCODINGS[encoding]
+
+
+def adapter_encoding(value: int) -> AdapterEncoding:
+    """Our name of an adapter's encoding, raw where it is left out; InvalidInput for others."""
+    for name, number in _ADAPTER_ENCODINGS.items():
+        if number == (value or tensor_pb2.ADAPTER_ENCODING_RAW):
+            return name
+    raise InvalidInput(
+        f"encoding: an adapter is {' or '.join(_ADAPTER_ENCODINGS)}, got number {value}: install "
+        "the same LESFT on both sides"
+    )
 
 
 def _with_prefixes(values: dict[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import load, save
 
 from lesft.bundle import check_header
+from lesft.entropy import deflate, inflate
 from lesft.errors import BundleError
-from lesft.quantization import QUANTIZED, dequantize, layout, quantize
+from lesft.quantization import QUANTIZED, Part, dequantize, layout, quantize
 from lesft.spec import Encoding
 
 HEADER_BYTES = 4096
@@ -36,7 +37,7 @@ _WIRE_DTYPES = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What one tensor of a bundle must be."""
+    """What one tensor of a bundle must be; a shape of one length -1 stands for any length."""
 
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
@@ -50,12 +51,14 @@ class TensorSpec:
 def encode_tensors(tensors: Mapping[str, torch.Tensor], encoding: Encoding) -> bytes:
     """A bundle of tensors from any device; floating ones `[N, D]` are written as the encoding says.
 
-    Quantised ones have their scales beside them, under their name and `.scale`.
+    Quantised ones are their codes' DEFLATE stream, with the scales beside it, under their name and
+    `.scale`.
     """
     parts: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         if encoding in QUANTIZED and tensor.is_floating_point():
-            parts[name], parts[_scale(name)] = quantize(tensor, encoding)
+            codes, parts[_scale(name)] = quantize(tensor, encoding)
+            parts[name] = _deflated(codes)
         elif encoding == "bf16" and tensor.is_floating_point():
             parts[name] = tensor.to(torch.bfloat16)
         else:
@@ -67,8 +70,21 @@ def _scale(name: str) -> str:
     return f"{name}.scale"
 
 
+def _deflated(codes: torch.Tensor) -> torch.Tensor:
+    stream = deflate(codes.to("cpu").contiguous().numpy().tobytes())
+    return torch.frombuffer(bytearray(stream), dtype=torch.uint8)
+
+
+def _inflated(name: str, stream: torch.Tensor, codes: Part) -> torch.Tensor:
+    data = inflate(f"tensor {name!r}", stream.numpy().tobytes(), codes.num_bytes)
+    return torch.frombuffer(bytearray(data), dtype=codes.dtype).reshape(codes.shape)
+
+
 def encoded_bytes(num_rows: int, width: int, encoding: Encoding, itemsize: int = 4) -> int:
-    """Size in a bundle of `[num_rows, width]` values that take `itemsize` bytes each in memory."""
+    """Size in a bundle of `[num_rows, width]` values that take `itemsize` bytes each in memory.
+
+    Of quantised ones, the most: before their codes are deflated.
+    """
     if encoding in QUANTIZED:
         return sum(part.num_bytes for part in layout(num_rows, width, encoding))
     return num_rows * width * (torch.bfloat16.itemsize if encoding == "bf16" else itemsize)
@@ -90,26 +106,28 @@ def decode_encoded(
         return decode_tensors(data, {**others, **plain})
     expected = dict(others)
     for name, shape in shapes.items():
-        for part_name, part in zip((name, _scale(name)), layout(*shape, encoding), strict=True):
-            expected[part_name] = TensorSpec(part.shape, (part.dtype,))
-    tensors = _dequantized(decode_tensors(data, expected), encoding)
-    for name in shapes:
+        _, scales = layout(*shape, encoding)
+        expected[name] = _STREAM
+        expected[_scale(name)] = TensorSpec(scales.shape, (scales.dtype,))
+    parts = decode_tensors(data, expected)
+    tensors = {name: parts[name] for name in others}
+    for name, shape in shapes.items():
+        codes = _inflated(name, parts[name], layout(*shape, encoding)[0])
+        tensors[name] = dequantize(codes, parts[_scale(name)], encoding)
         _check_finite(name, tensors[name])  # a scale may be finite and the values not
     return tensors
 
 
-def load_encoded(data: bytes, encoding: Encoding) -> dict[str, torch.Tensor]:
-    """What `encode_tensors` has written, of bytes that were never out of our hands."""
-    return _dequantized(load(data), encoding)
+_STREAM = TensorSpec((-1,), (torch.uint8,))
 
 
-def _dequantized(parts: Mapping[str, torch.Tensor], encoding: Encoding) -> dict[str, torch.Tensor]:
-    scales = {_scale(name) for name in parts} & parts.keys()
-    return {
-        name: dequantize(part, parts[_scale(name)], encoding) if _scale(name) in parts else part
-        for name, part in parts.items()
-        if name not in scales
-    }
+def load_encoded(data: bytes, encoding: Encoding, width: int) -> dict[str, torch.Tensor]:
+    """What `encode_tensors` has written of rows `[N, width]`, of bytes that stayed in our hands."""
+    parts = load(data)
+    shapes = {n: (len(parts[_scale(n)]), width) for n in parts if _scale(n) in parts}
+    names = parts.keys() - shapes.keys() - {_scale(name) for name in shapes}
+    others = {n: TensorSpec(tuple(parts[n].shape), (parts[n].dtype,)) for n in names}
+    return decode_encoded(data, shapes, encoding, others)
 
 
 def encoded_dtypes(encoding: Encoding) -> tuple[torch.dtype, ...]:
@@ -140,8 +158,8 @@ def _decoded(name: str, view: Mapping[str, Any], spec: TensorSpec) -> torch.Tens
     dtype = _WIRE_DTYPES.get(view["dtype"], view["dtype"])
     _check_kind(name, dtype, view["shape"], spec)
     if not view["data"]:
-        return torch.empty(spec.shape, dtype=dtype)
-    return torch.frombuffer(view["data"], dtype=dtype).reshape(spec.shape)
+        return torch.empty(view["shape"], dtype=dtype)
+    return torch.frombuffer(view["data"], dtype=dtype).reshape(view["shape"])
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, TensorSpec]) -> None:
@@ -167,7 +185,7 @@ def _check_kind(
     if dtype not in spec.dtypes:
         allowed = " or ".join(map(str, spec.dtypes))
         raise BundleError(f"tensor {name!r} must be {allowed}, got {dtype}")
-    if tuple(shape) != spec.shape:
+    if tuple(shape) != spec.shape and not (spec.shape == (-1,) and len(shape) == 1):
         raise BundleError(f"tensor {name!r} must have shape {list(spec.shape)}, got {list(shape)}")
 
 

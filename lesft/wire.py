@@ -1,21 +1,22 @@
 """Bytes on the wire by kind and direction, as the messages' serialized sizes."""
 
+import json
 import threading
 from collections.abc import Mapping
 from typing import Literal, get_args
 
-import torch
-
 from lesft.bundle import CHUNK_BYTES
-from lesft.micro_batch import MicroBatch
-from lesft.spec import Encoding
-from lesft.tensors import encoded_bytes
 
 Kind = Literal[
     "activations_base", "activations_reference", "gradients", "labels", "adapters", "other"
 ]
 Direction = Literal["up", "down"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+_KIND_OF_TENSOR: dict[str, Kind] = {
+    "base": "activations_base",
+    "reference": "activations_reference",
+    "targets": "labels",
+}
 
 
 class WireCounter:
@@ -62,20 +63,17 @@ class WireCounter:
             return {way: dict(counts) for way, counts in self._bytes.items()}
 
 
-def micro_batch_parts(batch: MicroBatch, encoding: Encoding) -> dict[Kind, int]:
-    """What of a micro-batch's message is of which kind, in bytes."""
-    parts: dict[Kind, int] = {
-        "activations_base": _encoded_bytes(batch.base.activations_ND, encoding),
-        "labels": 4 * len(batch.targets.ids_T),
-    }
-    if batch.reference is not None:
-        parts["activations_reference"] = _encoded_bytes(batch.reference.activations_ND, encoding)
+def bundle_parts(bundle: bytes) -> dict[Kind, int]:
+    """What the tensors of a micro-batch's bundle, which is known to be one, are of, in bytes."""
+    parts: dict[Kind, int] = {}
+    if bundle:
+        header_bytes = len(bundle) - 8 - tensor_bytes(bundle)
+        entries = json.loads(bundle[8 : 8 + header_bytes])
+        for name, kind in _KIND_OF_TENSOR.items():
+            ends = [entries[n]["data_offsets"] for n in (name, f"{name}.scale") if n in entries]
+            if ends:
+                parts[kind] = sum(stop - start for start, stop in ends)
     return parts
-
-
-def _encoded_bytes(tensor_ND: torch.Tensor, encoding: Encoding) -> int:
-    rows, width = tensor_ND.shape
-    return encoded_bytes(rows, width, encoding, tensor_ND.element_size())
 
 
 def tensor_bytes(bundle: bytes) -> int:

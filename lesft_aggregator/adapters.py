@@ -5,14 +5,12 @@ import math
 import numpy as np
 from safetensors import SafetensorError, deserialize
 
+from lesft.adapter_codec import Layout
 from lesft.bundle import check_header
 from lesft.errors import BundleError
 
 _ENTRY_BYTES, _HEADER_BYTES = 256, 65536
 """Room for a tensor's entry in a safetensors header, and for what else may be in there."""
-
-Layout = dict[str, tuple[int, ...]]
-"""Shape of each tensor of an adapter, by name. All are float32."""
 
 MAX_HEADER_BYTES = 1 << 20
 """Room for the names and shapes of an adapter's tensors: some thousands of them."""

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
-FloatArray = npt.NDArray[np.float32]
+from lesft.adapter_codec import FloatArray
 
 
 def weighted_mean(parts: Iterable[tuple[Path, int]]) -> dict[str, FloatArray]:

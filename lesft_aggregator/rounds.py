@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from safetensors.numpy import save
 
+from lesft.adapter_codec import decode, encode
 from lesft.errors import (
     InternalError,
     InvalidInput,
@@ -26,6 +27,7 @@ from lesft.errors import (
 )
 from lesft.files import when_there_is_room
 from lesft.logs import note
+from lesft.spec import AdapterEncoding
 from lesft.tracing import span
 from lesft_aggregator.adapters import check_layout, read_layout
 from lesft_aggregator.admission import (
@@ -184,20 +186,30 @@ class Rounds:
                 f"{client.client_id!r}; fetch version {base_version + 1} and train from there"
             )
 
-    async def submit(self, client: Introduction, base_version: int, data: bytes) -> Receipt:
+    async def submit(
+        self,
+        client: Introduction,
+        base_version: int,
+        data: bytes,
+        encoding: AdapterEncoding = "raw",
+    ) -> Receipt:
         """Keep a client's adapter. The same submission again gets its answer again.
 
         Raises what `check` raises, BundleError for bytes that cannot be averaged, OutOfOrder for
         other bytes than the client's earlier ones for the same version.
         """
-        return await self._to_its_end(self._submit(client, base_version, data))
+        return await self._to_its_end(self._submit(client, base_version, data, encoding))
 
-    async def _submit(self, client: Introduction, base_version: int, data: bytes) -> Receipt:
+    async def _submit(
+        self, client: Introduction, base_version: int, data: bytes, encoding: AdapterEncoding
+    ) -> Receipt:
         async with self._changing:
             self.check(client, base_version)
             known = self._store.submission(base_version, client.client_id)
             if known is None:
-                await self._when_there_is_room(lambda: self._keep(client, base_version, data))
+                await self._when_there_is_room(
+                    lambda: self._keep(client, base_version, data, encoding)
+                )
             else:
                 await asyncio.to_thread(_check_repeat, known, client, data)
             received = self._store.submissions(base_version)
@@ -212,7 +224,13 @@ class Rounds:
                 self._after_submission(received)
             return Receipt(base_version + 1, len(received), known is not None)
 
-    def _keep(self, client: Introduction, base_version: int, data: bytes) -> None:
+    def _keep(
+        self, client: Introduction, base_version: int, sent: bytes, encoding: AdapterEncoding
+    ) -> None:
+        data = sent
+        if encoding != "raw":
+            most, base = self._settings.max_submission_mib << 20, self._store.tensors(base_version)
+            data = save(decode(sent, encoding, base, most))
         layout = read_layout(data)
         expected = self._store.layout()
         if expected is not None:
@@ -223,7 +241,8 @@ class Rounds:
             client.num_samples,
             self._norms.admit(data),
             layout,
-            sha256=hashlib.sha256(data).hexdigest(),
+            sha256=hashlib.sha256(sent).hexdigest(),
+            encoding=encoding,
         )
 
     async def wait_for_version(self, version: int) -> Adapter:
@@ -343,7 +362,17 @@ class Rounds:
         files = [self._store.submission_path(part.base_version, part.client_id) for part in parts]
         weights = [part.num_samples for part in parts]
         mean = weighted_mean(zip(files, weights, strict=True))
-        return self._store.publish(version, parts, save(mean))
+        encoding, *others = {part.encoding for part in parts}
+        if others or encoding == "raw":
+            return self._store.publish(version, parts, save(mean))
+        # What the encoding makes of the mean is the version, for those, too, who get it whole.
+        base, layout_bytes = (
+            self._store.tensors(version - 1),
+            4 * sum(m.size for m in mean.values()),
+        )
+        encoded = encode(mean, encoding, base)
+        published = save(decode(encoded, encoding, base, layout_bytes))
+        return self._store.publish(version, parts, published, encoding, encoded)
 
     async def _when_there_is_room(self, write: Callable[[], T]) -> T:
         """Everything waits while the disk is full, and goes on by itself."""

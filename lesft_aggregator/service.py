@@ -8,12 +8,13 @@ from typing import Any
 
 import grpc
 
-from lesft.bundle import CHUNK_BYTES, BundleReader
+from lesft.bundle import CHUNK_BYTES, BundleReader, bundle_chunks, bundle_info
 from lesft.errors import Busy, LesftError, OutOfOrder, TooLarge, Unreachable
 from lesft.identity.attestation import Verifier
 from lesft.identity.caller import check_acts_for_itself
 from lesft.intake import Intake
 from lesft.logs import note
+from lesft.spec_messages import adapter_encoding, adapter_encoding_to_message
 from lesft.tracing import span
 from lesft.v1 import aggregation_pb2 as pb
 from lesft.v1.aggregation_pb2_grpc import AggregationServiceServicer
@@ -26,6 +27,7 @@ from lesft_aggregator.receipts import check_receipt
 from lesft_aggregator.rounds import Receipt, Rounds
 from lesft_aggregator.settings import AggregatorSettings
 from lesft_aggregator.store import Store
+from lesft_aggregator.tables import Adapter
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["AggregationService"].full_name
 
@@ -88,6 +90,7 @@ class AggregationService(AggregationServiceServicer):
         self._rounds.check(client, header.base_version)
         note(client=header.client_id, version=header.base_version + 1)
         self._check_size(header.bundle.total_bytes)
+        encoding = adapter_encoding(header.encoding)
         version = header.base_version
         traced = span(
             "submission", header.run_id, version, client=header.client_id, base_version=version
@@ -95,7 +98,7 @@ class AggregationService(AggregationServiceServicer):
         with self._one_more_of(header.client_id), traced:
             async with self._intake.room(header.bundle.total_bytes):
                 data = await self._receive(header.client_id, header.bundle, requests)
-                return await self._rounds.submit(client, header.base_version, data)
+                return await self._rounds.submit(client, header.base_version, data, encoding)
 
     @contextmanager
     def _one_more_of(self, client_id: str) -> Iterator[None]:
@@ -161,20 +164,31 @@ class AggregationService(AggregationServiceServicer):
             adapter = waiting.result()
         finally:
             waiting.cancel()
-        bundle = BundleInfo(total_bytes=adapter.num_bytes, crc32=adapter.crc32)
-        yield pb.FetchResponse(
-            aggregate=pb.Aggregate(
-                version=adapter.version,
-                client_ids=adapter.client_ids,
-                num_samples=adapter.num_samples,
-                bundle=bundle,
-            )
-        )
         sent = self._metrics.sent_bytes.labels(self._label(request.client_id))
+        for response in self._answer(adapter, request.held_version):
+            yield response
+            sent.inc(len(response.chunk.data))
+
+    def _answer(self, adapter: Adapter, held_version: int) -> Iterator[pb.FetchResponse]:
+        """A version as the client can make use of it: what has changed, or all of it."""
+        encoded = None
+        if held_version == adapter.version - 1:
+            encoded = self._store.encoded(adapter.version)
+        info = BundleInfo(total_bytes=adapter.num_bytes, crc32=adapter.crc32)
+        aggregate = pb.Aggregate(
+            version=adapter.version,
+            client_ids=adapter.client_ids,
+            num_samples=adapter.num_samples,
+            bundle=info if encoded is None else bundle_info(encoded),
+            encoding=adapter_encoding_to_message("raw" if encoded is None else adapter.encoding),
+        )
+        yield pb.FetchResponse(aggregate=aggregate)
+        if encoded is not None:
+            yield from (pb.FetchResponse(chunk=chunk) for chunk in bundle_chunks(encoded))
+            return
         with self._store.adapter_path(adapter.version).open("rb") as file:
             for index, start in enumerate(range(0, adapter.num_bytes, CHUNK_BYTES)):
                 data = file.read(min(CHUNK_BYTES, adapter.num_bytes - start))
-                sent.inc(len(data))
                 yield pb.FetchResponse(chunk=Chunk(index=index, data=data))
 
     async def _header(self, requests: AsyncIterator[pb.SubmitRequest]) -> pb.Submission:

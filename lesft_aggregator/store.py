@@ -15,13 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors.numpy import load_file
 from sqlalchemy import create_engine, event, func, select
 from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.orm import Session
 
+from lesft.adapter_codec import FloatArray, Layout
 from lesft.errors import InvalidInput
 from lesft.files import lock_folder, write_atomically
-from lesft_aggregator.adapters import Layout
+from lesft.spec import AdapterEncoding
 from lesft_aggregator.tables import Adapter, Client, Run, Submission, Table
 
 DATABASE_FILE = "aggregator.sqlite"
@@ -116,6 +118,15 @@ class Store:
         with self._session() as session:
             return session.scalars(query).all()
 
+    def encoded(self, version: int) -> bytes | None:
+        """The bundle of a published version for those who hold the one before it, if there is."""
+        with self._session() as session:
+            return session.scalar(select(Adapter.encoded).filter_by(version=version))
+
+    def tensors(self, version: int) -> dict[str, FloatArray]:
+        """A published version's; none of version 0."""
+        return load_file(self.adapter_path(version)) if version else {}
+
     def adapter_bytes(self) -> int:
         """Size of all published versions."""
         with self._session() as session:
@@ -147,12 +158,13 @@ class Store:
         data: bytes,
         layout: Layout,
         sha256: str = "",
+        encoding: AdapterEncoding = "raw",
     ) -> None:
         """Keep a submission; it would survive a power cut when this returns.
 
-        `sha256` is of what the client sent, where `data` was made from that. The first of the run
-        fixes the layout. Raises OSError when the disk does not take it;
-        nothing has changed then.
+        `sha256` is of what the client sent, in `encoding`, where `data` was made from that. The
+        first of the run fixes the layout. Raises OSError when the disk does not take it; nothing
+        has changed then.
         """
         write_atomically(self.submission_path(base_version, client_id), data)
         with _full_disk_as_oserror(), self._session() as session, session.begin():
@@ -166,14 +178,23 @@ class Store:
                     num_samples=num_samples,
                     sha256=sha256 or hashlib.sha256(data).hexdigest(),
                     num_bytes=len(data),
+                    encoding=encoding,
                     received=time.time(),
                 )
             )
 
-    def publish(self, version: int, averaged: Sequence[Submission], data: bytes) -> Adapter:
+    def publish(
+        self,
+        version: int,
+        averaged: Sequence[Submission],
+        data: bytes,
+        encoding: AdapterEncoding = "raw",
+        encoded: bytes | None = None,
+    ) -> Adapter:
         """Keep a new version; the submissions that it averages lose their files afterwards.
 
-        Raises OSError when the disk does not take it; nothing has changed then.
+        `encoded` is the bundle for those who hold the version before it. Raises OSError when the
+        disk does not take it; nothing has changed then.
         """
         adapter = Adapter(
             version=version,
@@ -182,6 +203,8 @@ class Store:
             sha256=hashlib.sha256(data).hexdigest(),
             crc32=zlib.crc32(data),
             num_bytes=len(data),
+            encoding=encoding,
+            encoded=encoded,
             created=time.time(),
         )
         write_atomically(self.adapter_path(version), data)

@@ -5,14 +5,20 @@ Times are seconds since 1970. Tensors lie in files beside the database; see `sto
 
 from typing import Any
 
-from sqlalchemy import JSON
+from sqlalchemy import JSON, String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from lesft.spec import AdapterEncoding
 
 
 class Table(DeclarativeBase):
     """Base of all tables."""
 
-    type_annotation_map = {dict[str, Any]: JSON, list[str]: JSON}  # noqa: RUF012 (SQLAlchemy's)
+    type_annotation_map = {  # noqa: RUF012 (SQLAlchemy's)
+        dict[str, Any]: JSON,
+        list[str]: JSON,
+        AdapterEncoding: String,
+    }
 
 
 class Run(Table):
@@ -45,7 +51,11 @@ class Submission(Table):
     client_id: Mapped[str] = mapped_column(primary_key=True)
     num_samples: Mapped[int]
     sha256: Mapped[str]
+    """Of what was sent."""
     num_bytes: Mapped[int]
+    """Of the file: float32."""
+    encoding: Mapped[AdapterEncoding]
+    """How it was sent."""
     received: Mapped[float]
 
 
@@ -61,4 +71,8 @@ class Adapter(Table):
     sha256: Mapped[str]
     crc32: Mapped[int]
     num_bytes: Mapped[int]
+    encoding: Mapped[AdapterEncoding]
+    """Of `encoded`; raw where there is none."""
+    encoded: Mapped[bytes | None] = mapped_column(deferred=True)
+    """The bundle for those who hold the version before; read by `Store.encoded` alone."""
     created: Mapped[float]

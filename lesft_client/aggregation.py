@@ -7,15 +7,24 @@ from typing import TypeVar
 import grpc
 import torch
 
+from lesft.adapter_codec import FloatArray, decode, encode
 from lesft.bundle import BundleReader, bundle_chunks, bundle_info
 from lesft.errors import BundleError, OutOfOrder, Unreachable
 from lesft.interceptors import remote_errors
-from lesft.spec import PROTOCOL_VERSION
-from lesft.tensors import HEADER_BYTES, TensorSpec, decode_tensors, encode_tensors
+from lesft.spec import PROTOCOL_VERSION, AdapterEncoding
+from lesft.spec_messages import adapter_encoding, adapter_encoding_to_message
+from lesft.tensors import (
+    HEADER_BYTES,
+    TensorSpec,
+    check_tensors,
+    decode_tensors,
+    encode_tensors,
+)
 from lesft.v1 import aggregation_pb2, aggregation_pb2_grpc, receipt_pb2
 from lesft.wire import WireCounter
 from lesft_client.link import Patience
 from lesft_client.patience import patiently
+from lesft_client.trainer import BEGINNING, Average
 from lesft_client.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -35,6 +44,7 @@ class Aggregator:
         run_id: str,
         run_fingerprint: str,
         num_samples: int,
+        encoding: AdapterEncoding,
         patience: Patience,
         wire: WireCounter,
         still_wanted: Callable[[], None] = lambda: None,
@@ -50,6 +60,7 @@ class Aggregator:
         self._run_id = run_id
         self._run_fingerprint = run_fingerprint
         self._num_samples = num_samples
+        self._encoding: AdapterEncoding = encoding
         self._patience = patience
         self._wire = wire
         self._still_wanted = still_wanted
@@ -87,16 +98,20 @@ class Aggregator:
         return response.version
 
     def submit(
-        self, base_version: int, state: Mapping[str, torch.Tensor], receipt: bytes = b""
+        self, base: Average, state: Mapping[str, torch.Tensor], receipt: bytes = b""
     ) -> None:
-        """Step 8: hand in this client's adapter, trained from `base_version`."""
-        data = encode_tensors(state, "raw")
+        """Step 8: hand in this client's adapter, trained from `base`."""
+        if self._encoding == "raw":
+            data = encode_tensors(state, "raw")
+        else:
+            data = encode(_arrays(state), self._encoding, _arrays(base.tensors))
         submission = aggregation_pb2.Submission(
             client_id=self._client_id,
             run_id=self._run_id,
-            base_version=base_version,
+            base_version=base.version,
             num_samples=self._num_samples,
             bundle=bundle_info(data),
+            encoding=adapter_encoding_to_message(self._encoding),
             receipt=receipt_pb2.Receipt.FromString(receipt) if receipt else None,
         )
 
@@ -114,17 +129,22 @@ class Aggregator:
         response = self._again_and_again(call)
         self._wire.add("down", "other", response.ByteSize())
 
-    def fetch(self, version: int, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def fetch(
+        self, version: int, like: Mapping[str, torch.Tensor], base: Average = BEGINNING
+    ) -> dict[str, torch.Tensor]:
         """Step 10: wait for a version of Θ̄, which must have the names and shapes of `like`."""
         request = aggregation_pb2.FetchRequest(
-            client_id=self._client_id, run_id=self._run_id, version=version
+            client_id=self._client_id,
+            run_id=self._run_id,
+            version=version,
+            held_version=base.version,
         )
         expected = {
             name: TensorSpec(tuple(tensor.shape), (torch.float32,)) for name, tensor in like.items()
         }
         max_bytes = sum(t.numel() * 4 for t in like.values()) + HEADER_BYTES + 256 * len(like)
 
-        def call() -> bytes:
+        def call() -> tuple[bytes, AdapterEncoding]:
             self._wire.add("up", "other", request.ByteSize())
             with self._watched() as watchdog:
                 responses = self._fetching = self._stub().Fetch(request)
@@ -135,9 +155,15 @@ class Aggregator:
                     responses.cancel()  # does nothing to one that has ended
 
         try:
-            return decode_tensors(self._again_and_again(call), expected)
+            data, encoding = self._again_and_again(call)
         finally:
             self._on_waiting("")
+        if encoding == "raw":
+            return decode_tensors(data, expected)
+        arrays = decode(data, encoding, _arrays(base.tensors), max_bytes)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        check_tensors(tensors, expected)
+        return tensors
 
     def interrupt(self) -> None:
         """`still_wanted` has come to raise: let `fetch` ask it. Called from another thread."""
@@ -184,8 +210,9 @@ class Aggregator:
         version: int,
         max_bytes: int,
         watchdog: Watchdog,
-    ) -> bytes:
+    ) -> tuple[bytes, AdapterEncoding]:
         reader: BundleReader | None = None
+        encoding: AdapterEncoding = "raw"
         for response in responses:
             watchdog.feed()
             kind = response.WhichOneof("message")
@@ -199,10 +226,15 @@ class Aggregator:
                 if kind != "aggregate" or response.aggregate.version != version:
                     raise OutOfOrder(f"{self._party}: did not answer with version {version}")
                 reader = BundleReader(response.aggregate.bundle, max_bytes)
+                encoding = adapter_encoding(response.aggregate.encoding)
             elif kind != "chunk":
                 raise BundleError(f"{self._party}: chunk {reader.next_index} is missing")
             else:
                 reader.add(response.chunk)
         if reader is None:
             raise OutOfOrder(f"{self._party}: did not answer with version {version}")
-        return reader.data()
+        return reader.data(), encoding
+
+
+def _arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, FloatArray]:
+    return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}

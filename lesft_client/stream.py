@@ -20,7 +20,7 @@ from lesft.step_messages import (
     result_from_message,
 )
 from lesft.v1 import heartbeat_pb2, training_pb2, training_pb2_grpc
-from lesft.wire import Kind, WireCounter, micro_batch_parts, tensor_bytes
+from lesft.wire import Kind, WireCounter, bundle_parts, tensor_bytes
 from lesft_client.timeline import Moments
 from lesft_client.watchdog import Watchdog
 
@@ -120,7 +120,7 @@ class Stream:
             if isinstance(item, MicroBatch):
                 micro_batch, data = micro_batch_to_message(item, encoding)
                 request = training_pb2.TrainRequest(micro_batch=micro_batch)
-                parts: dict[Kind, int] = micro_batch_parts(item, encoding)
+                parts: dict[Kind, int] = bundle_parts(data)
             else:
                 held_out, data = held_out_to_message(
                     held_out_index, item.base, item.targets, encoding

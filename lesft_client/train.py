@@ -200,6 +200,7 @@ class TrainCommand:
             spec.run_id,
             spec.fingerprint_of_clients(),
             num_samples,
+            spec.adapter_encoding,
             self._patience,
             self._wire,
             still_wanted=still_wanted,

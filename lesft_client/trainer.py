@@ -23,20 +23,39 @@ from lesft_client.status import Status
 
 log = logging.getLogger(__name__)
 
+_AVERAGE = "average."
+"""What the names of the last average's tensors in a checkpoint begin with."""
+
+
+@dataclass(frozen=True)
+class Average:
+    """A version of the averaged adapter: its number, and its tensors where they are kept.
+
+    They are where adapters travel as changes. Version 0, with which the run begins, has none.
+    """
+
+    version: int
+    tensors: Mapping[str, torch.Tensor]
+
+
+BEGINNING = Average(0, {})
+
 
 class AggregatorLink(Protocol):
     """The aggregator as the training loop sees it; see `lesft_client.aggregation`."""
 
     def submit(
-        self, base_version: int, state: Mapping[str, torch.Tensor], receipt: bytes = b""
+        self, base: Average, state: Mapping[str, torch.Tensor], receipt: bytes = b""
     ) -> None:
-        """Hand in this client's adapter, trained from `base_version`.
+        """Hand in this client's adapter, trained from `base`.
 
         `receipt` is the server's word on that; see `StepResult`.
         """
 
-    def fetch(self, version: int, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Wait for a version of the averaged adapter."""
+    def fetch(
+        self, version: int, like: Mapping[str, torch.Tensor], base: Average
+    ) -> dict[str, torch.Tensor]:
+        """Wait for a version of the averaged adapter; `base` is the one that this client has."""
 
 
 class Keeper(Protocol):
@@ -103,6 +122,7 @@ class Trainer:
         """The round to train next, counted from 0."""
         self.timer = PhaseTimer(status.seconds_by_phase)
         self._run_fingerprint = self._spec.fingerprint()
+        self._kept_average: Mapping[str, torch.Tensor] = {}
 
     # ------------------------------------------------------------------ the training step
 
@@ -201,7 +221,7 @@ class Trainer:
         links_to = (self._spec.run_id, version)
         with self._phase("aggregation", self.round, links_to, base_version=version):
             try:
-                aggregator.submit(version, self._shared(self._front.adapter()), receipt)
+                aggregator.submit(self._average, self._shared(self._front.adapter()), receipt)
             except StaleVersion:
                 if self._spec.mode == "lockstep":
                     raise
@@ -210,9 +230,15 @@ class Trainer:
 
     def _take_average(self, aggregator: AggregatorLink, version: int) -> None:
         state = self._front.adapter()
-        average = aggregator.fetch(version, like=self._shared(state))
+        average = aggregator.fetch(version, self._shared(state), self._average)
         self._front.load_adapter({**state, **average})
         self._status.adapter_version = version
+        self._kept_average = average if self._spec.adapter_encoding != "raw" else {}
+
+    @property
+    def _average(self) -> Average:
+        """What this client trains from."""
+        return Average(self._status.adapter_version, self._kept_average)
 
     def _shared(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Θ_i without its personal layers."""
@@ -243,7 +269,8 @@ class Trainer:
         """Keep a checkpoint of the state before the next round."""
         if self._keeper is not None:
             with self._phase("checkpoints", self.round - 1):
-                self._keeper.save(self.round, self._front.state())
+                kept = {f"{_AVERAGE}{name}": each for name, each in self._kept_average.items()}
+                self._keeper.save(self.round, {**self._front.state(), **kept})
 
     def turn(self, turn: Turn) -> None:
         """Go on where the server does; what was begun since is void."""
@@ -255,7 +282,10 @@ class Trainer:
     def restore(self, round_index: int) -> None:
         """Load the checkpoint of a round."""
         assert self._keeper is not None, "without checkpoints there is nothing to go back to"
-        self._front.load_state(self._keeper.load(round_index))
+        tensors = self._keeper.load(round_index)
+        kept = {name for name in tensors if name.startswith(_AVERAGE)}
+        self._kept_average = {name.removeprefix(_AVERAGE): tensors[name] for name in kept}
+        self._front.load_state({name: tensors[name] for name in tensors.keys() - kept})
         self.round = round_index
         self._status.go_to_round(round_index)
 

@@ -153,7 +153,8 @@ class HeldSamples:
                 file = self._files[number]
                 sample_digest = file.digest
                 encoding = self._spec.activation_encoding
-                singles.append(_decode(received.key, file.path.read_bytes(), encoding))
+                width = received.base.activations_ND.shape[1]
+                singles.append(_decode(received.key, file.path.read_bytes(), encoding, width))
             digest.update(number.to_bytes(4, "big") + sample_digest)
         return _joined(received, singles), digest.digest()
 
@@ -185,8 +186,8 @@ def _rows(path: Path) -> list[Path]:
     return [Path(row, (len(row),)) for row in rows]
 
 
-def _decode(key: StepKey, data: bytes, encoding: Encoding) -> MicroBatch:
-    tensors = load_encoded(data, encoding)
+def _decode(key: StepKey, data: bytes, encoding: Encoding, width: int) -> MicroBatch:
+    tensors = load_encoded(data, encoding, width)
     paths = {
         name: Path(tensors[name], (len(tensors[name]),))
         for name in ("base", "reference")

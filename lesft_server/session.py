@@ -26,7 +26,7 @@ from lesft.step_messages import (
     micro_batch_from_message,
 )
 from lesft.v1 import heartbeat_pb2, training_pb2
-from lesft.wire import Kind, chunk_messages_bytes, micro_batch_parts, tensor_bytes
+from lesft.wire import Kind, bundle_parts, chunk_messages_bytes, tensor_bytes
 from lesft_server.cohort import Cohort, Request
 from lesft_server.device_account import DeviceAccount
 from lesft_server.handshake import resume_point
@@ -192,7 +192,7 @@ class Session:
         with engine.clock.phase("decode", header.round, client=self.member.client_id):
             try:
                 batch = micro_batch_from_message(header, data, engine.limits, engine.norms.admit)
-                parts = micro_batch_parts(batch, engine.run.spec.activation_encoding)
+                parts = bundle_parts(data)
             finally:
                 size = training_pb2.TrainRequest(micro_batch=header).ByteSize()
                 self._wire.add_message("up", size + chunk_messages_bytes(len(data)), parts)

@@ -313,7 +313,7 @@ def _run_settings(settings: ChaosSettings, data: Path, folder: Path) -> RunSetti
     """The run's options; unvalidated, so that no environment variable has a say."""
     same = (
         *("clients", "rounds", "accumulation", "aggregation_interval", "seed"),
-        *("activation_encoding", "gradient_encoding", "loss"),
+        *("activation_encoding", "gradient_encoding", "adapter_encoding", "loss"),
     )
     return RunSettings.model_construct(
         **{name: getattr(settings, name) for name in same},

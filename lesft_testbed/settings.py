@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from lesft.settings import ServiceSettings
-from lesft.spec import Encoding, LossSpec, OptimizerSpec, RunOptions
+from lesft.spec import AdapterEncoding, Encoding, LossSpec, OptimizerSpec, RunOptions
 from lesft_testbed.methods import DEFAULT_METHOD, METHODS
 
 
@@ -250,6 +250,7 @@ class ChaosSettings(ServiceSettings):
     clients: int = Field(4, ge=1, description="Number of clients that train together.")
     activation_encoding: Encoding = Field("raw", description="How activations travel.")
     gradient_encoding: Encoding = Field("raw", description="How gradients travel.")
+    adapter_encoding: AdapterEncoding = Field("raw", description="How adapters travel.")
     loss: LossSpec = LossSpec()
     progress: Literal["lines", "none"] = Field(
         "lines", description="A line per fault while it runs, or nothing before the end."

@@ -24,7 +24,7 @@ from lesft_client.data import EncodedSample
 from lesft_client.front import Front
 from lesft_client.link import Patience, ServerLink
 from lesft_client.status import Status
-from lesft_client.trainer import Trainer
+from lesft_client.trainer import Average, Trainer
 from lesft_server.server import Server
 from lesft_server.session import Engine
 from lesft_server.settings import ServerSettings
@@ -122,13 +122,15 @@ class MeanAggregator:
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def submit(
-        self, base_version: int, state: Mapping[str, torch.Tensor], receipt: bytes = b""
+        self, base: Average, state: Mapping[str, torch.Tensor], receipt: bytes = b""
     ) -> None:
         with self._changed:
-            self._submitted.setdefault(base_version, []).append(state)
+            self._submitted.setdefault(base.version, []).append(state)
             self._changed.notify_all()
 
-    def fetch(self, version: int, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def fetch(
+        self, version: int, like: Mapping[str, torch.Tensor], base: Average
+    ) -> dict[str, torch.Tensor]:
         with self._changed:
             waiting = lambda: len(self._submitted.get(version - 1, [])) == self.clients  # noqa: E731
             assert self._changed.wait_for(waiting, 60)

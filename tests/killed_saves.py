@@ -20,7 +20,6 @@ import torch
 
 from lesft.checkpoints import Checkpoint, CheckpointStore
 
-LATEST_KILL_SECONDS = 0.015
 RUN = "run"
 
 
@@ -49,19 +48,22 @@ def save_until_killed(folder: Path, base: int, course: int, seed: int, pipe: int
 
 
 def kill_one(
-    folder: Path, base: int, course: int, rng: random.Random
+    folder: Path, base: int, course: int, seed: int, seconds: float
 ) -> tuple[list[int], list[int]]:
-    """Returns the rounds whose save began, and those whose save was over."""
+    """So many seconds after its first save begins.
+
+    Returns the rounds whose save began, and those whose save was over.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
         try:
-            save_until_killed(folder, base, course, rng.randrange(1 << 30), writing)
+            save_until_killed(folder, base, course, seed, writing)
         finally:
             os._exit(1)  # only an error gets here
     os.close(writing)
     select.select([reading], [], [])  # until the first save begins
-    time.sleep(rng.uniform(0, LATEST_KILL_SECONDS))
+    time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), "the child failed by itself"
@@ -93,9 +95,11 @@ def main(folder: Path, kills: int, seed: int) -> None:
     rng = random.Random(seed)
     CheckpointStore(folder, RUN).save(make_checkpoint(0, 0))
     before, figures = {0: 0}, Counter[str](kills=kills)
+    latest = 0.015
     for course in range(1, kills + 1):
         base = rng.choice(list(before))  # the newest, or going back
-        begun, done = kill_one(folder, base, course, rng)
+        begun, done = kill_one(folder, base, course, rng.randrange(1 << 30), rng.uniform(0, latest))
+        latest *= 0.9 if done else 1.1  # so that half of them save anything, however busy the disk
         figures["saves"] += len(done)
         figures["killed_in_a_save"] += len(begun) > len(done)
         figures["left_over_folders"] += len(list(folder.glob(".*.tmp")))

@@ -125,7 +125,7 @@ Global___SubmitRequest: _TypeAlias = SubmitRequest  # noqa: Y015
 
 @_typing.final
 class Submission(_message.Message):
-    """A client's adapter. The bundle holds float32 tensors under whole-model names such as
+    """A client's adapter: float32 tensors under whole-model names such as
     "model.layers.0.mlp.gate_proj.lora_A.weight".
     """
 
@@ -137,6 +137,7 @@ class Submission(_message.Message):
     NUM_SAMPLES_FIELD_NUMBER: _builtins.int
     BUNDLE_FIELD_NUMBER: _builtins.int
     RECEIPT_FIELD_NUMBER: _builtins.int
+    ENCODING_FIELD_NUMBER: _builtins.int
     client_id: _builtins.str
     """Name of the client."""
     run_id: _builtins.str
@@ -145,6 +146,8 @@ class Submission(_message.Message):
     """Version that the client trained from."""
     num_samples: _builtins.int
     """Size of the client's data set |D_i| in samples: its weight in the mean."""
+    encoding: _tensor_pb2.AdapterEncoding.ValueType
+    """How the bundle is encoded; unspecified stands for raw."""
     @_builtins.property
     def bundle(self) -> _tensor_pb2.BundleInfo:
         """The bundle that follows."""
@@ -162,10 +165,11 @@ class Submission(_message.Message):
         num_samples: _builtins.int = ...,
         bundle: _tensor_pb2.BundleInfo | None = ...,
         receipt: _receipt_pb2.Receipt | None = ...,
+        encoding: _tensor_pb2.AdapterEncoding.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_version", b"base_version", "bundle", b"bundle", "client_id", b"client_id", "num_samples", b"num_samples", "receipt", b"receipt", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_version", b"base_version", "bundle", b"bundle", "client_id", b"client_id", "encoding", b"encoding", "num_samples", b"num_samples", "receipt", b"receipt", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -206,22 +210,26 @@ class FetchRequest(_message.Message):
     CLIENT_ID_FIELD_NUMBER: _builtins.int
     RUN_ID_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    HELD_VERSION_FIELD_NUMBER: _builtins.int
     client_id: _builtins.str
     """Name of the client."""
     run_id: _builtins.str
     """Name of the run."""
     version: _builtins.int
     """Version wanted, at least 1; the call waits until it is published."""
+    held_version: _builtins.int
+    """Version that the client has, to which a change can be added; 0 stands for none."""
     def __init__(
         self,
         *,
         client_id: _builtins.str = ...,
         run_id: _builtins.str = ...,
         version: _builtins.int = ...,
+        held_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "run_id", b"run_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "held_version", b"held_version", "run_id", b"run_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -267,7 +275,10 @@ Global___FetchResponse: _TypeAlias = FetchResponse  # noqa: Y015
 
 @_typing.final
 class Aggregate(_message.Message):
-    """An averaged adapter; the bundle has the names, dtypes and shapes of the submissions."""
+    """An averaged adapter; the bundle has the names, dtypes and shapes of the submissions. Where these
+    all came in one encoding, the average is what that encoding makes of it, for everyone: clients
+    that hold the version before it get it in that encoding, the others as it is.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -275,10 +286,13 @@ class Aggregate(_message.Message):
     CLIENT_IDS_FIELD_NUMBER: _builtins.int
     NUM_SAMPLES_FIELD_NUMBER: _builtins.int
     BUNDLE_FIELD_NUMBER: _builtins.int
+    ENCODING_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Its version."""
     num_samples: _builtins.int
     """Sum of their data-set sizes in samples."""
+    encoding: _tensor_pb2.AdapterEncoding.ValueType
+    """How it is encoded; the base version is the one before this."""
     @_builtins.property
     def client_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Clients whose submissions it averages, in the order of the sum."""
@@ -294,10 +308,11 @@ class Aggregate(_message.Message):
         client_ids: _abc.Iterable[_builtins.str] | None = ...,
         num_samples: _builtins.int = ...,
         bundle: _tensor_pb2.BundleInfo | None = ...,
+        encoding: _tensor_pb2.AdapterEncoding.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "client_ids", b"client_ids", "num_samples", b"num_samples", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "client_ids", b"client_ids", "encoding", b"encoding", "num_samples", b"num_samples", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

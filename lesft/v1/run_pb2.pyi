@@ -283,6 +283,7 @@ class RunSpec(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     ACTIVATION_ENCODING_FIELD_NUMBER: _builtins.int
     GRADIENT_ENCODING_FIELD_NUMBER: _builtins.int
+    ADAPTER_ENCODING_FIELD_NUMBER: _builtins.int
     LORA_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     OPTIMIZER_FIELD_NUMBER: _builtins.int
@@ -318,6 +319,8 @@ class RunSpec(_message.Message):
     """How activations travel to the server."""
     gradient_encoding: _tensor_pb2.Encoding.ValueType
     """How gradients travel to the client."""
+    adapter_encoding: _tensor_pb2.AdapterEncoding.ValueType
+    """How adapters travel to the aggregator and back."""
     mode: Global___Mode.ValueType
     """What a cohort does about clients that are late."""
     quorum: _builtins.int
@@ -362,6 +365,7 @@ class RunSpec(_message.Message):
         seed: _builtins.int = ...,
         activation_encoding: _tensor_pb2.Encoding.ValueType = ...,
         gradient_encoding: _tensor_pb2.Encoding.ValueType = ...,
+        adapter_encoding: _tensor_pb2.AdapterEncoding.ValueType = ...,
         lora: Global___LoraSpec | None = ...,
         loss: Global___LossSpec | None = ...,
         optimizer: Global___OptimizerSpec | None = ...,
@@ -374,7 +378,7 @@ class RunSpec(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lora", b"lora", "loss", b"loss", "optimizer", b"optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accumulation", b"accumulation", "activation_encoding", b"activation_encoding", "aggregate", b"aggregate", "aggregation_interval", b"aggregation_interval", "batch_size", b"batch_size", "clients", b"clients", "cut_layer", b"cut_layer", "deadline_seconds", b"deadline_seconds", "front_fingerprint", b"front_fingerprint", "gradient_encoding", b"gradient_encoding", "lora", b"lora", "loss", b"loss", "max_length", b"max_length", "mode", b"mode", "model_name", b"model_name", "optimizer", b"optimizer", "personal_layers", b"personal_layers", "quorum", b"quorum", "rounds", b"rounds", "run_id", b"run_id", "seed", b"seed", "train_front", b"train_front"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accumulation", b"accumulation", "activation_encoding", b"activation_encoding", "adapter_encoding", b"adapter_encoding", "aggregate", b"aggregate", "aggregation_interval", b"aggregation_interval", "batch_size", b"batch_size", "clients", b"clients", "cut_layer", b"cut_layer", "deadline_seconds", b"deadline_seconds", "front_fingerprint", b"front_fingerprint", "gradient_encoding", b"gradient_encoding", "lora", b"lora", "loss", b"loss", "max_length", b"max_length", "mode", b"mode", "model_name", b"model_name", "optimizer", b"optimizer", "personal_layers", b"personal_layers", "quorum", b"quorum", "rounds", b"rounds", "run_id", b"run_id", "seed", b"seed", "train_front", b"train_front"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15lesft/v1/tensor.proto\x12\x08lesft.v1\"0\n\nBundleInfo\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x04\x12\r\n\x05\x63rc32\x18\x02 \x01(\x07\"$\n\x05\x43hunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*o\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x45NCODING_RAW\x10\x01\x12\x11\n\rENCODING_BF16\x10\x02\x12\x11\n\rENCODING_INT8\x10\x03\x12\x11\n\rENCODING_INT4\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15lesft/v1/tensor.proto\x12\x08lesft.v1\"0\n\nBundleInfo\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x04\x12\r\n\x05\x63rc32\x18\x02 \x01(\x07\"$\n\x05\x43hunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*o\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x45NCODING_RAW\x10\x01\x12\x11\n\rENCODING_BF16\x10\x02\x12\x11\n\rENCODING_INT8\x10\x03\x12\x11\n\rENCODING_INT4\x10\x04*\x83\x01\n\x0f\x41\x64\x61pterEncoding\x12 \n\x1c\x41\x44\x41PTER_ENCODING_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x44\x41PTER_ENCODING_RAW\x10\x01\x12\x19\n\x15\x41\x44\x41PTER_ENCODING_INT8\x10\x02\x12\x19\n\x15\x41\x44\x41PTER_ENCODING_INT4\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,6 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ENCODING']._serialized_start=123
   _globals['_ENCODING']._serialized_end=234
+  _globals['_ADAPTERENCODING']._serialized_start=237
+  _globals['_ADAPTERENCODING']._serialized_end=368
   _globals['_BUNDLEINFO']._serialized_start=35
   _globals['_BUNDLEINFO']._serialized_end=83
   _globals['_CHUNK']._serialized_start=85

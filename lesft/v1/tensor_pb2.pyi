@@ -30,13 +30,14 @@ class _EncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding.Val
     ENCODING_BF16: _Encoding.ValueType  # 2
     """Rounded to bfloat16."""
     ENCODING_INT8: _Encoding.ValueType  # 3
-    """x: int8 [N, D], codes from -127 to 127; x.scale: bfloat16 [N, D / B] where B is the largest power
-    of two up to 64 that divides D. Code times scale is a value of the rotated row; the row itself
-    is that, each B values multiplied by the Hadamard matrix in Sylvester's order, divided by B.
+    """x: uint8 [M], one DEFLATE stream (RFC 1951) of int8 [N, D], codes from -127 to 127 row by row;
+    x.scale: bfloat16 [N, D / B] where B is the largest power of two up to 64 that divides D. Code
+    times scale is a value of the rotated row; the row itself is that, each B values multiplied by
+    the Hadamard matrix in Sylvester's order, divided by B.
     """
     ENCODING_INT4: _Encoding.ValueType  # 4
-    """x: uint8 [N, D / 2], codes from -7 to 7 and 8 added, two in each byte, the first in the low
-    half; all else as for int8. D is even.
+    """x: uint8 [M], one DEFLATE stream of uint8 [N, D / 2], codes from -7 to 7 and 8 added, two in
+    each byte, the first in the low half; all else as for int8. D is even.
     """
 
 class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper):
@@ -52,15 +53,55 @@ ENCODING_RAW: Encoding.ValueType  # 1
 ENCODING_BF16: Encoding.ValueType  # 2
 """Rounded to bfloat16."""
 ENCODING_INT8: Encoding.ValueType  # 3
-"""x: int8 [N, D], codes from -127 to 127; x.scale: bfloat16 [N, D / B] where B is the largest power
-of two up to 64 that divides D. Code times scale is a value of the rotated row; the row itself
-is that, each B values multiplied by the Hadamard matrix in Sylvester's order, divided by B.
+"""x: uint8 [M], one DEFLATE stream (RFC 1951) of int8 [N, D], codes from -127 to 127 row by row;
+x.scale: bfloat16 [N, D / B] where B is the largest power of two up to 64 that divides D. Code
+times scale is a value of the rotated row; the row itself is that, each B values multiplied by
+the Hadamard matrix in Sylvester's order, divided by B.
 """
 ENCODING_INT4: Encoding.ValueType  # 4
-"""x: uint8 [N, D / 2], codes from -7 to 7 and 8 added, two in each byte, the first in the low
-half; all else as for int8. D is even.
+"""x: uint8 [M], one DEFLATE stream of uint8 [N, D / 2], codes from -7 to 7 and 8 added, two in
+each byte, the first in the low half; all else as for int8. D is even.
 """
 Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
+
+class _AdapterEncoding:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AdapterEncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterEncoding.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ADAPTER_ENCODING_UNSPECIFIED: _AdapterEncoding.ValueType  # 0
+    """Not a valid choice, but where a message says otherwise."""
+    ADAPTER_ENCODING_RAW: _AdapterEncoding.ValueType  # 1
+    """The tensors, float32, under their names."""
+    ADAPTER_ENCODING_INT8: _AdapterEncoding.ValueType  # 2
+    """Codes are int8 [256 K], from -127 to 127."""
+    ADAPTER_ENCODING_INT4: _AdapterEncoding.ValueType  # 3
+    """Codes are uint8 [128 K]: from -7 to 7 and 8 added, two in each byte, the first in the low half."""
+
+class AdapterEncoding(_AdapterEncoding, metaclass=_AdapterEncodingEnumTypeWrapper):
+    """How an adapter is encoded inside its bundle.
+
+    Not raw, it is what has changed since a base version that both ends have: the differences of all
+    tensors, in the order of their names' code points and row by row, as one vector, with zeros after
+    it to a multiple of 256. `scales` is float32 [K], one for each 256 values. `codes` is uint8 [M],
+    one DEFLATE stream (RFC 1951) of codes. Code times scale, plus the base, is a value; all in
+    float32.
+
+    Base version 0, with which a run begins, is not known to the aggregator. Then the codes are those
+    of the values themselves, always of 8 bits, and `layout`, uint8 [L], is a JSON object of each
+    tensor's shape by its name.
+    """
+
+ADAPTER_ENCODING_UNSPECIFIED: AdapterEncoding.ValueType  # 0
+"""Not a valid choice, but where a message says otherwise."""
+ADAPTER_ENCODING_RAW: AdapterEncoding.ValueType  # 1
+"""The tensors, float32, under their names."""
+ADAPTER_ENCODING_INT8: AdapterEncoding.ValueType  # 2
+"""Codes are int8 [256 K], from -127 to 127."""
+ADAPTER_ENCODING_INT4: AdapterEncoding.ValueType  # 3
+"""Codes are uint8 [128 K]: from -7 to 7 and 8 added, two in each byte, the first in the low half."""
+Global___AdapterEncoding: _TypeAlias = AdapterEncoding  # noqa: Y015
 
 @_typing.final
 class BundleInfo(_message.Message):

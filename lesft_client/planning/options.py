@@ -6,6 +6,7 @@ from typing import get_args
 
 from pydantic import BaseModel, ConfigDict
 
+from lesft.adapter_codec import most_bytes_per_value
 from lesft.spec import Encoding, RunSpec
 from lesft.split import default_cut_layer
 from lesft.tensors import encoded_bytes
@@ -239,4 +240,4 @@ def _adapter_bytes(conditions: Conditions, cut_layer: int) -> float:
         return 0.0
     shared = cut_layer - len([layer for layer in spec.personal_layers if layer < cut_layer])
     parameters = shared * conditions.memory.front.adapter_parameters
-    return 4 * parameters / spec.aggregation_interval
+    return parameters * most_bytes_per_value(spec.adapter_encoding) / spec.aggregation_interval

@@ -31,7 +31,9 @@ class WireSettings(_PartSettings):
     """The part `wire`."""
 
     clients: int = Field(4, ge=1, description="Clients that train together.")
-    epochs: int = Field(3, ge=1, description="Passes over each client's samples.")
+    epochs: int = Field(
+        10, ge=1, description="Passes over each client's samples; the paper makes ten."
+    )
 
 
 class AggregateSettings(_PartSettings):

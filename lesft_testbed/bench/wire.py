@@ -9,6 +9,7 @@ down, as often as ours. Two bytes a number. Labels, headers and calls are not co
 paper's protocol, and are for ours.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,12 +20,11 @@ from lesft_testbed.bench.part import Alternative, Bench, Figure, ratio
 from lesft_testbed.report import Report
 
 _BYTES_PER_NUMBER = 2
-_OUR_BYTES = 4
-"""Of a number of an adapter as it travels."""
 
 _LEAN = {
     "activation_encoding": "int4",
     "gradient_encoding": "int4",
+    "adapter_encoding": "int4",
     "loss": {"reference_refresh": "once"},
 }
 _DIRECTIONS = 2
@@ -53,7 +53,7 @@ class Wire:
         ),
         Figure(
             "wire_ratio_best",
-            "the same at the leanest settings: int4 both ways, the reference path once",
+            "the same at the leanest settings: int4 for all, the reference path once",
             ratio("lean", "paper", "bytes_per_epoch"),
             0.12,
         ),
@@ -74,7 +74,7 @@ class Wire:
             drawn = drawn_samples(bench, reports[-1])
             micro_batches = [each for window in drawn["micro_batches"] for each in window]
             total = paper_bytes(micro_batches, drawn["hidden_size"])
-            adapters = sum(reports[-1].wire["adapters"].values()) * _BYTES_PER_NUMBER / _OUR_BYTES
+            adapters = paper_adapter_bytes(reports[-1])
             passes = epochs(reports[-1])
             return {
                 "bytes_per_epoch": (total + adapters) / passes,
@@ -106,6 +106,14 @@ def epochs(report: Report) -> float:
     """Passes over the clients' samples that a run has made; the last may be a part of one."""
     drawn = report.rounds * report.settings["accumulation"] * report.settings["batch_size"]
     return float(drawn * report.clients / sum(report.samples_by_client))
+
+
+def paper_adapter_bytes(report: Report) -> int:
+    """Bytes of all clients' adapters, up and down again as often as they were averaged."""
+    interval: int = report.settings["aggregation_interval"]
+    numbers = report.clients * report.client_trained_parameters
+    averages = math.ceil(report.rounds / interval)
+    return numbers * averages * _BYTES_PER_NUMBER * _DIRECTIONS
 
 
 def paper_bytes(micro_batches: Sequence[MicroBatch], hidden_size: int) -> int:

@@ -78,10 +78,18 @@ class Caller:
         return await self.stub.Submit(requests())
 
     async def fetch(
-        self, version: int, client_id: str = "a", run_id: str = "lesft"
+        self, version: int, client_id: str = "a", **changes: Any
     ) -> tuple[pb.Aggregate, dict[str, FloatArray]]:
-        """Waits for a version; returns its header and its tensors."""
-        request = pb.FetchRequest(client_id=client_id, run_id=run_id, version=version)
+        """Waits for a version that travels whole; returns its header and its tensors."""
+        header, data = await self.fetch_bundle(version, client_id, **changes)
+        return header, load(data)
+
+    async def fetch_bundle(
+        self, version: int, client_id: str = "a", **changes: Any
+    ) -> tuple[pb.Aggregate, bytes]:
+        """Waits for a version; returns its header and its bundle."""
+        fields = {"run_id": "lesft"} | changes
+        request = pb.FetchRequest(client_id=client_id, version=version, **fields)
         header, reader = pb.Aggregate(), None
         async for response in self.stub.Fetch(request):
             if response.WhichOneof("message") == "aggregate":
@@ -91,7 +99,7 @@ class Caller:
                 assert reader is not None
                 reader.add(response.chunk)
         assert reader is not None
-        return header, load(reader.data())
+        return header, reader.data()
 
 
 async def error_of(call: Awaitable[Any]) -> LesftError:

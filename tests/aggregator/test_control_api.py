@@ -44,7 +44,7 @@ def test_run_clients_and_rounds_say_where_things_stand(tmp_path: Path) -> None:
     async def expect(client: httpx.AsyncClient, caller: Caller) -> None:
         assert (await client.get("/v1/run")).json() == {
             "run_id": "lesft",
-            "protocol_version": 4,
+            "protocol_version": 5,
             "clients": 2,
             "quorum": 2,
             "deadline_seconds": 0.0,

@@ -15,6 +15,7 @@ import torch
 from lesft.bundle import bundle_chunks, bundle_info
 from lesft.channel import open_channel
 from lesft.errors import AlreadyJoined, BundleError, RunStopped, Unreachable
+from lesft.spec import AdapterEncoding
 from lesft.tensors import encode_tensors
 from lesft.v1 import aggregation_pb2 as pb
 from lesft.v1 import aggregation_pb2_grpc, heartbeat_pb2
@@ -26,7 +27,7 @@ from lesft_client.front import Front
 from lesft_client.link import Patience
 from lesft_client.status import Status
 from lesft_client.train import TrainCommand
-from lesft_client.trainer import Trainer
+from lesft_client.trainer import BEGINNING, Average, Trainer
 from tests.client.harness import running_aggregator, train_settings
 from tests.harness import (
     RunningServer,
@@ -62,6 +63,7 @@ def make_client() -> Iterator[MakeClient]:
         name: str = "a",
         num_samples: int = 1,
         patience: Patience = PATIENT,
+        encoding: AdapterEncoding = "raw",
         **options: Any,
     ) -> Aggregator:
         made.append(
@@ -72,6 +74,7 @@ def make_client() -> Iterator[MakeClient]:
                 "lesft",
                 "sha256:run",
                 num_samples,
+                encoding,
                 patience,
                 WireCounter(),
                 **options,
@@ -94,7 +97,7 @@ def test_clients_get_the_mean_by_their_number_of_samples(
     clients = [make_client(address, "a", 10), make_client(address, "b", 30)]
     assert [client.join() for client in clients] == [0, 0]
     for client, value in zip(clients, (1.0, 5.0), strict=True):
-        client.submit(0, adapter(value))
+        client.submit(BEGINNING, adapter(value))
     for client in clients:
         mean = client.fetch(1, like=adapter(0.0))
         assert mean.keys() == {"x", "y"}
@@ -104,9 +107,44 @@ def test_clients_get_the_mean_by_their_number_of_samples(
 
 def test_an_average_of_another_shape_is_refused(address: str, make_client: MakeClient) -> None:
     for name in "ab":
-        make_client(address, name).submit(0, adapter(1.0))
+        make_client(address, name).submit(BEGINNING, adapter(1.0))
     with pytest.raises(BundleError, match=r"'x' must have shape \[2, 4\], got \[2, 3\]"):
         make_client(address).fetch(1, like={**adapter(0.0), "x": torch.zeros(2, 4)})
+
+
+def large_adapter(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(8, 500, generator=generator) for name in "xyz"}
+
+
+def adapter_bytes(client: Aggregator) -> int:
+    return sum(kinds["adapters"] for kinds in client._wire.by_kind().values())
+
+
+@pytest.mark.parametrize(("encoding", "share"), [("int8", 0.26), ("int4", 0.13)])
+def test_clients_that_send_what_has_changed_go_on_from_the_same_average(
+    address: str, make_client: MakeClient, encoding: AdapterEncoding, share: float
+) -> None:
+    clients = [make_client(address, name, encoding=encoding) for name in "ab"]
+    average, begun = BEGINNING, large_adapter(0)
+    whole_bytes = 3 * 8 * 500 * 4
+    for version in (1, 2, 3):
+        before = adapter_bytes(clients[0])
+        for seed, client in enumerate(clients):
+            change = large_adapter(10 * version + seed)
+            client.submit(average, {n: begun[n] + 1e-3 * change[n] for n in begun})
+        fetched = [client.fetch(version, begun, average) for client in clients]
+        newcomer = make_client(address, "a", encoding=encoding).fetch(version, begun)
+        for name in begun:
+            assert torch.equal(fetched[0][name], fetched[1][name])
+            if version > 1:  # it cannot add a change to what it does not have
+                assert torch.equal(fetched[0][name], newcomer[name])
+            step = torch.stack([large_adapter(10 * version + seed)[name] for seed in (0, 1)])
+            off = fetched[0][name] - (begun[name] + 1e-3 * step.mean(0))
+            assert off.norm() < (0.01 if version == 1 else 1e-3 * 0.2) * begun[name].norm()
+        spent = adapter_bytes(clients[0]) - before
+        assert spent < 2 * whole_bytes * (0.28 if version == 1 else share)
+        average, begun = Average(version, fetched[0]), fetched[0]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +161,7 @@ def test_waiting_for_a_version_ends_at_once_when_it_is_not_wanted_any_more(
             raise error
 
     client = make_client(address, still_wanted=still_wanted)
-    client.submit(0, adapter(1.0))
+    client.submit(BEGINNING, adapter(1.0))
     read = client._read
 
     def noted(*arguments: Any) -> bytes:
@@ -143,7 +181,7 @@ def test_waiting_for_a_version_ends_at_once_when_it_is_not_wanted_any_more(
     with pytest.raises(type(error)):
         client.fetch(1, adapter(0.0))
     unwanted.clear()  # it went back to a checkpoint, and waits again
-    make_client(address, "b").submit(0, adapter(2.0))
+    make_client(address, "b").submit(BEGINNING, adapter(2.0))
     assert torch.equal(client.fetch(1, adapter(0.0))["x"], torch.full((2, 3), 1.5))
 
 
@@ -263,7 +301,7 @@ def test_a_call_that_is_not_answered_is_made_again_over_a_new_connection(
     with serving(fake) as address:
         client = make_client(address, patience=IMPATIENT)
         assert client.join() == 4
-        client.submit(4, adapter(1.0))
+        client.submit(Average(4, {}), adapter(1.0))
     assert len(set(fake.peers[method])) == 2
 
 
@@ -304,12 +342,14 @@ class GoingAway:
         self._when = when
 
     def submit(
-        self, base_version: int, state: Mapping[str, torch.Tensor], receipt: bytes = b""
+        self, base: Average, state: Mapping[str, torch.Tensor], receipt: bytes = b""
     ) -> None:
         assert self._when.wait(SECONDS)
         raise KeyboardInterrupt
 
-    def fetch(self, version: int, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def fetch(
+        self, version: int, like: Mapping[str, torch.Tensor], base: Average
+    ) -> dict[str, torch.Tensor]:
         raise AssertionError("it handed nothing in")
 
 
@@ -336,10 +376,10 @@ def test_a_client_that_waits_for_the_others_adapters_hears_from_its_server_that_
     fetch = Aggregator.fetch
 
     def noted(
-        self: Aggregator, version: int, like: Mapping[str, torch.Tensor]
+        self: Aggregator, version: int, like: Mapping[str, torch.Tensor], base: Average
     ) -> dict[str, torch.Tensor]:
         waiting.set()
-        return fetch(self, version, like)
+        return fetch(self, version, like, base)
 
     monkeypatch.setattr(Aggregator, "fetch", noted)
     data = write_samples(tmp_path / "data.jsonl", make_samples(4))

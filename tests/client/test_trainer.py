@@ -19,7 +19,7 @@ from lesft_client.back import BackLink, GoBack, LocalBack
 from lesft_client.data import EncodedSample, sample_index
 from lesft_client.front import Front
 from lesft_client.status import Status
-from lesft_client.trainer import HeldOut, Trainer
+from lesft_client.trainer import Average, HeldOut, Trainer
 from tests.harness import (
     CPU,
     MeanAggregator,
@@ -100,11 +100,11 @@ class HalvingAggregator:
     submitted: list[State] = field(default_factory=list)
     given: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
-    def submit(self, base_version: int, state: State, receipt: bytes = b"") -> None:
-        self.events.append(f"submit from {base_version}")
+    def submit(self, base: Average, state: State, receipt: bytes = b"") -> None:
+        self.events.append(f"submit from {base.version}")
         self.submitted.append(state)
 
-    def fetch(self, version: int, like: State) -> dict[str, torch.Tensor]:
+    def fetch(self, version: int, like: State, base: Average) -> dict[str, torch.Tensor]:
         self.events.append(f"fetch {version}")
         self.given.append({name: like[name] / 2 for name in like})
         return self.given[-1]

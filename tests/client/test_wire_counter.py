@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 import lesft_client.connector
 from lesft.channel import open_channel
+from lesft.quantization import QUANTIZED
 from lesft.spec import Encoding, LossSpec
 from lesft.wire import WireCounter
 from lesft_client.data import EncodedSample, encode_samples, sample_index
@@ -23,6 +24,7 @@ from tests.tiny_models import HIDDEN_SIZE
 
 ROUNDS, ACCUMULATION, BATCH_SIZE = 3, 2, 2
 SCALE_BYTES = 2  # of one row: its width is one block
+DEFLATE_BYTES = 10  # at most, beyond what a few codes would take as they are
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,16 @@ def test_every_byte_of_a_run_is_counted_once_and_under_its_kind(
     reference_tokens = sum(len(s.reference_ids) + len(s.target_ids) for s in samples)
     assert reference_tokens > base_tokens
     gradient_tokens = base_tokens + (reference_tokens if reference_nll_weight else 0)
+    if encoding in QUANTIZED:  # as many bytes as the codes' frequencies make of that
+        tables = 2 * ROUNDS * ACCUMULATION * DEFLATE_BYTES
+        for way, kind, tokens in (
+            ("up", "activations_base", base_tokens),
+            ("up", "activations_reference", reference_tokens),
+            ("down", "gradients", gradient_tokens),
+        ):
+            most = tokens * bytes_per_token
+            assert 0.7 * most < wire[way][kind] < most + tables
+            wire[way][kind] = most
     assert without_other(wire["up"]) == {
         "activations_base": base_tokens * bytes_per_token,
         "activations_reference": reference_tokens * bytes_per_token,

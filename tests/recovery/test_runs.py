@@ -40,6 +40,7 @@ def test_a_run_that_sends_as_little_as_can_be_is_the_same_after_crashes(
     options = {
         "activation_encoding": "int8",
         "gradient_encoding": "int4",
+        "adapter_encoding": "int4",
         "loss.reference_refresh": "once",
         "rounds": 8,
     }

@@ -78,16 +78,16 @@ CLIENT_ID_RULE = "client_id must be 1 to 64 letters, digits, '.', '_' or '-', go
 
 REFUSED: dict[str, tuple[dict[str, Any], Refusal]] = {
     "a newer protocol": (
-        {"protocol_version": 5},
-        mismatch("protocol_version: server 4, client 5; install the same LESFT on both sides"),
+        {"protocol_version": 6},
+        mismatch("protocol_version: server 5, client 6; install the same LESFT on both sides"),
     ),
     "an older protocol": (
         {"protocol_version": 1},
-        mismatch("protocol_version: server 4, client 1; install the same LESFT on both sides"),
+        mismatch("protocol_version: server 5, client 1; install the same LESFT on both sides"),
     ),
     "no protocol": (
         {"protocol_version": 0},
-        mismatch("protocol_version: server 4, client 0; install the same LESFT on both sides"),
+        mismatch("protocol_version: server 5, client 0; install the same LESFT on both sides"),
     ),
     "an empty client id": ({"client_id": ""}, invalid(f"{CLIENT_ID_RULE} ''")),
     "a client id with a space": ({"client_id": "a b"}, invalid(f"{CLIENT_ID_RULE} 'a b'")),

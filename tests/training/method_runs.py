@@ -84,6 +84,7 @@ class Client:
             self.front.spec.run_id,
             self.front.spec.fingerprint_of_clients(),
             len(self.samples),
+            self.front.spec.adapter_encoding,
             Patience(first_contact=10, reconnect=10, stall=60),
             self.status.wire,
         )

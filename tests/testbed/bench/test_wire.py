@@ -28,6 +28,8 @@ def sample(base: int, reference: int, target: int) -> dict[str, list[int]]:
 
 COHORT = [[sample(5, 9, 3)], [sample(7, 8, 4)]]
 ALONE = [[sample(2, 3, 1)], [sample(2, 3, 1)]]
+PAPER_ADAPTERS = 2 * 2 * 2 * 10 * 2
+"""Two clients, two averages of three rounds, both ways, ten numbers of two bytes."""
 PAPER_NUMBERS = 2 * (7 + 4) + 2 * (8 + 4) + 2 * (2 + 1) + 2 * (3 + 1)
 
 
@@ -46,7 +48,8 @@ def test_runs_at_default_and_at_leanest_settings_are_set_against_the_paper(
             rounds=3,
             clients=2,
             samples_by_client=[6, 6],
-            settings={"accumulation": 4, "batch_size": 1},
+            client_trained_parameters=10,
+            settings={"accumulation": 4, "batch_size": 1, "aggregation_interval": 2},
             wire=BYTES,
         )
 
@@ -66,6 +69,7 @@ def test_runs_at_default_and_at_leanest_settings_are_set_against_the_paper(
             "epochs": 2,
             "activation_encoding": "int4",
             "gradient_encoding": "int4",
+            "adapter_encoding": "int4",
             "loss": {"reference_refresh": "once"},
         },
     ]
@@ -75,8 +79,8 @@ def test_runs_at_default_and_at_leanest_settings_are_set_against_the_paper(
     assert values["default"]["up_bytes_per_epoch"] == 1546 / 2
     assert values["default"]["adapters_bytes_per_epoch"] == 300 / 2
     assert values["paper"] == {
-        "bytes_per_epoch": (PAPER_NUMBERS * 40 + 150) / 2,
-        "adapters_bytes_per_epoch": 75,
+        "bytes_per_epoch": (PAPER_NUMBERS * 40 + PAPER_ADAPTERS) / 2,
+        "adapters_bytes_per_epoch": PAPER_ADAPTERS / 2,
     }
     default, lean = (figure.compute(values) for figure in Wire.figures)
-    assert default == lean == (1546 + 904) / (PAPER_NUMBERS * 40 + 150)
+    assert default == lean == (1546 + 904) / (PAPER_NUMBERS * 40 + PAPER_ADAPTERS)
