@@ -7,11 +7,38 @@ needed once, or a few rows at a time, is better read.
 
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
+
+
+class Entry(NamedTuple):
+    """A tensor of a file: its name, safetensors dtype such as "BF16", shape and size."""
+
+    name: str
+    dtype: str
+    shape: Sequence[int]
+    num_bytes: int
+
+
+def file_header(tensors: Iterable[Entry]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """What a safetensors file of these tensors, one after another, begins with.
+
+    And where each one's data begins and ends behind that.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    spans: dict[str, tuple[int, int]] = {}
+    end = 0
+    for name, dtype, shape, num_bytes in tensors:
+        start, end = end, end + num_bytes
+        spans[name] = (start, end)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, spans
 
 
 class TensorFile:
@@ -29,6 +56,7 @@ class TensorFile:
             name: [8 + header_bytes + offset for offset in header[name]["data_offsets"]]
             for name in self.names
         }
+        self._no_rows: dict[str, torch.Tensor] = {}
 
     def dtype_and_shape(self, name: str) -> tuple[str, list[int]]:
         """A tensor's safetensors dtype (such as "BF16") and shape."""
@@ -61,7 +89,9 @@ class TensorFile:
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """`[start:stop]` of a tensor, in memory of its own."""
-        tensor = self.mapped(name)
-        row_bytes = tensor[:1].nbytes
+        if name not in self._no_rows:  # mapping it anew each time would take longer than the row
+            self._no_rows[name] = self.mapped(name)[:0]
+        dtype, row = self._no_rows[name].dtype, self._no_rows[name].shape[1:]
+        row_bytes = row.numel() * dtype.itemsize
         data = self.read_bytes(name, start * row_bytes, stop * row_bytes)
-        return torch.frombuffer(data, dtype=tensor.dtype).reshape(-1, *tensor.shape[1:])
+        return torch.frombuffer(data, dtype=dtype).reshape(-1, *row)

@@ -20,7 +20,7 @@ from lesft.embedding_rows import EmbeddingRows
 from lesft.errors import ModelError
 from lesft.quantized_linear import BITS, QuantizedLinear
 from lesft.split import build_back, build_front, check_cut_layer, check_family
-from lesft.tensor_file import TensorFile
+from lesft.tensor_file import Entry, TensorFile, file_header
 
 # What may differ between two copies of one model without any effect on its numbers; not used.
 _VOLATILE_CONFIG = {
@@ -242,35 +242,26 @@ class FrontFile:
         self._names = checkpoint.front_names(cut_layer)
 
     @cached_property
-    def _header(self) -> bytes:
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        for name, (start, stop) in self._offsets.items():
-            dtype, shape = self._checkpoint.dtype_and_shape(name)
-            entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
-
-    @cached_property
-    def _offsets(self) -> dict[str, tuple[int, int]]:
-        offsets, start = {}, 0
-        for name in self._names:
-            stop = start + self._checkpoint.read(name).nbytes
-            offsets[name] = (start, stop)
-            start = stop
-        return offsets
+    def _header_and_spans(self) -> tuple[bytes, dict[str, tuple[int, int]]]:
+        read = self._checkpoint.read
+        sizes = [(name, read(name).nbytes) for name in self._names]
+        return file_header(
+            Entry(name, *self._checkpoint.dtype_and_shape(name), size) for name, size in sizes
+        )
 
     @cached_property
     def size(self) -> int:
         """Length in bytes."""
-        return len(self._header) + max(stop for _, stop in self._offsets.values())
+        header, spans = self._header_and_spans
+        return len(header) + max(stop for _, stop in spans.values())
 
     def read(self, offset: int, max_bytes: int) -> bytes:
         """At most `max_bytes` from `offset` on; empty at the end only."""
-        if offset < len(self._header):
-            return self._header[offset : offset + max_bytes]
-        position = offset - len(self._header)
-        for name, (start, stop) in self._offsets.items():
+        header, spans = self._header_and_spans
+        if offset < len(header):
+            return header[offset : offset + max_bytes]
+        position = offset - len(header)
+        for name, (start, stop) in spans.items():
             if start <= position < stop:
                 first = position - start
                 file = self._checkpoint.file(name)

@@ -12,7 +12,7 @@ import torch
 
 from lesft.adapter_halves import SPEC_FILE
 from lesft.control import write_endpoints
-from lesft.errors import DataError, InvalidInput, LesftError, ModelError
+from lesft.errors import InvalidInput, LesftError
 from lesft.files import lock_folder, write_atomically
 from lesft.identity.expiry import show_expiry
 from lesft.identity.settings import Service
@@ -27,7 +27,7 @@ from lesft_client.back import BackLink, Rejoin, Turn
 from lesft_client.connector import Connector, own_client_id
 from lesft_client.control_api import make_app
 from lesft_client.counted_progress import wants_bar
-from lesft_client.data import EncodedSample, Sample, Split, encode_samples, label_counts
+from lesft_client.data import EncodedSample, Sample, Split, label_counts
 from lesft_client.data_command import samples_of
 from lesft_client.enrol import enrol_where_needed
 from lesft_client.front import Front
@@ -38,6 +38,7 @@ from lesft_client.own_listener import control_server
 from lesft_client.progress import ProgressDisplay
 from lesft_client.recovery import ClientCheckpoints, drop_state
 from lesft_client.renewal import renewing
+from lesft_client.run_samples import SERVERS_OPTION, check_vocabulary, encode_for_run
 from lesft_client.split_run import SplitRun
 from lesft_client.status import RESULT_FILE, Status
 from lesft_client.tokenizer import load_tokenizer
@@ -126,7 +127,8 @@ class TrainCommand:
         note_process(run=spec.run_id, client=self._status.client_id)
         training, held_out = self._samples(spec)
         front = run.load(spec)
-        self._check_vocabulary([*training, *held_out], front, spec)
+        vocab_size = front.model.config.vocab_size
+        check_vocabulary([*training, *held_out], vocab_size, settings.model, spec)
 
         checkpoints = ClientCheckpoints(
             settings.state,
@@ -260,26 +262,13 @@ class TrainCommand:
         """This client's training and held-out samples, encoded."""
         settings = self._settings
         tokenizer = load_tokenizer(settings.model)
-        max_length = min(settings.max_length or spec.max_length, spec.max_length)
+        option = "--run.max-length" if settings.local else SERVERS_OPTION
 
         def encoded(split: Split, samples: list[Sample]) -> list[EncodedSample]:
-            try:
-                kept, skipped = encode_samples(samples, tokenizer, max_length)
-            except DataError as error:
-                if max_length < spec.max_length:
-                    raise
-                where = (
-                    "--run.max-length"
-                    if settings.local
-                    else "which its server sets by --max-length"
-                )
-                raise DataError(f"{error}; {max_length} is the run's limit, {where}") from None
-            self._status.skipped_samples += skipped
-            if skipped:
-                self._display.say(
-                    f"{skipped} of {len(samples)} {split} samples are longer than {max_length} "
-                    "tokens and were skipped (--max-length)"
-                )
+            kept = encode_for_run(
+                samples, split, tokenizer, spec, settings.max_length, option, self._display.say
+            )
+            self._status.skipped_samples += len(samples) - len(kept)
             return kept
 
         samples = samples_of(settings, "train")
@@ -289,17 +278,6 @@ class TrainCommand:
         if not settings.held_out:
             return training, []
         return training, encoded("test", samples_of(settings, "test"))
-
-    def _check_vocabulary(self, samples: list[EncodedSample], front: Front, spec: RunSpec) -> None:
-        """Raises ModelError when the tokenizer cannot be the model's."""
-        largest = max(max(s.base_ids + s.reference_ids + s.target_ids) for s in samples)
-        num_tokens = front.model.config.vocab_size
-        if largest >= num_tokens:
-            raise ModelError(
-                f"--model {self._settings.model}: its tokenizer gives token {largest}, but the "
-                f"run's model knows {num_tokens} tokens only: use the tokenizer of "
-                f"{spec.model_name}"
-            )
 
     # ------------------------------------------------------------------ around training
 

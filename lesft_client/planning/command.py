@@ -9,7 +9,7 @@ import torch
 
 from lesft.commands import say
 from lesft.device import choose_device
-from lesft.errors import Busy, DataError, InvalidInput, LesftError, ModelError, Unreachable
+from lesft.errors import Busy, InvalidInput, LesftError, Unreachable
 from lesft.files import write_atomically
 from lesft.interceptors import remote_errors
 from lesft.spec import PROTOCOL_VERSION, RunSpec
@@ -18,7 +18,7 @@ from lesft.v1 import model_pb2, model_pb2_grpc
 from lesft.weights import parse_config
 from lesft.wire import WireCounter
 from lesft_client.connector import Connector, own_client_id
-from lesft_client.data import EncodedSample, encode_samples
+from lesft_client.data import EncodedSample
 from lesft_client.data_command import samples_of
 from lesft_client.patience import Tries
 from lesft_client.planning.device_speed import measure_device
@@ -34,6 +34,7 @@ from lesft_client.planning.report import Plan, make_plan, page, terminal
 from lesft_client.planning.settings import PlanSettings
 from lesft_client.planning.workload import micro_batches, tokens_of, workload
 from lesft_client.run_front import describe_run
+from lesft_client.run_samples import SERVERS_OPTION, check_vocabulary, encode_for_run
 from lesft_client.tokenizer import load_tokenizer
 
 T = TypeVar("T")
@@ -115,20 +116,16 @@ class PlanCommand:
     def _samples(self, spec: RunSpec, vocab_size: int) -> list[EncodedSample]:
         """This client's training samples. Raises DataError, ModelError."""
         settings = self._settings
-        max_length = min(settings.max_length or spec.max_length, spec.max_length)
-        found = samples_of(settings, "train")
-        try:
-            samples, skipped = encode_samples(found, load_tokenizer(settings.model), max_length)
-        except DataError as error:
-            raise DataError(f"{error}; {max_length} is the limit of the run or yours") from None
-        if skipped:
-            say(f"{skipped} of {len(found)} samples are longer than {max_length} tokens: skipped")
-        largest = max(max(s.base_ids + s.reference_ids + s.target_ids) for s in samples)
-        if largest >= vocab_size:
-            raise ModelError(
-                f"--model {settings.model}: its tokenizer gives token {largest}, but the run's "
-                f"model knows {vocab_size} tokens only: use the tokenizer of {spec.model_name}"
-            )
+        samples = encode_for_run(
+            samples_of(settings, "train"),
+            "train",
+            load_tokenizer(settings.model),
+            spec,
+            settings.max_length,
+            SERVERS_OPTION,
+            say,
+        )
+        check_vocabulary(samples, vocab_size, settings.model, spec)
         return samples
 
     def _measure_back(

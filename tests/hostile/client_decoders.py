@@ -7,10 +7,12 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from lesft.adapter_codec import encode
 from lesft.adapter_halves import AdapterHalf, HalfInfo, encode_half, load_half
 from lesft.bundle import bundle_chunks, bundle_info
 from lesft.errors import InvalidInput
@@ -26,7 +28,12 @@ from lesft.inference_messages import (
 )
 from lesft.micro_batch import StepKey, StepResult
 from lesft.settings import load_settings
-from lesft.spec_messages import spec_from_message, spec_to_message
+from lesft.spec import AdapterEncoding
+from lesft.spec_messages import (
+    adapter_encoding_to_message,
+    spec_from_message,
+    spec_to_message,
+)
 from lesft.step_messages import result_from_message, result_to_message
 from lesft.tensors import encode_tensors
 from lesft.v1 import aggregation_pb2, inference_pb2, model_pb2, run_pb2, training_pb2
@@ -39,9 +46,9 @@ from lesft_client.data.jsonl import samples
 from lesft_client.data.rows import read_rows
 from lesft_client.front_weights import _Download
 from lesft_client.link import Patience
-from lesft_client.watchdog import Watchdog
+from lesft_client.trainer import Average
 from lesft_server.settings import ServerSettings
-from tests.aggregator.harness import SHAPES, make_adapter
+from tests.aggregator.harness import SHAPES, make_adapter, make_tensors
 from tests.hostile.lying_safetensors import lying_safetensors
 from tests.hostile.mutate import mutate_bytes, odd_json
 from tests.hostile.served_decoders import (
@@ -201,30 +208,49 @@ def fetched_adapter(random: Random) -> None:
 class FetchedAggregate:
     """An averaged adapter."""
 
-    def __init__(self) -> None:
-        self._messages: list[Any] = []
+    def __init__(self, encoding: AdapterEncoding = "raw") -> None:
+        self._encoding: AdapterEncoding = encoding
         patience = Patience(first_contact=1, reconnect=0, stall=60)
-        unused: Any = None
+        self._base = {name: torch.from_numpy(array) for name, array in make_tensors(1).items()}
+        self._responses: list[Any] = []
         self._aggregator = Aggregator(
-            unused, "aggregator a", "a", "lesft", "", 1, patience, WireCounter()
+            lambda: Any, "aggregator a", "a", "lesft", "", 1, encoding, patience, WireCounter()
         )
+        stub: Any = SimpleNamespace(Fetch=lambda request: _Responses(self._responses))
+        self._aggregator._stub = lambda: stub  # type: ignore[method-assign]
 
     def __call__(self, random: Random) -> None:
-        from lesft.tensors import TensorSpec, decode_tensors
-
-        data = lying_safetensors(random, make_adapter(0))
-        aggregate = aggregation_pb2.Aggregate(version=1, bundle=bundle_info(data))
-        messages = [
+        if self._encoding == "raw":
+            valid = make_adapter(0)
+        else:
+            valid = encode(make_tensors(0), self._encoding, make_tensors(1))
+        data = lying_safetensors(random, valid)
+        encoding = adapter_encoding_to_message(self._encoding)
+        aggregate = aggregation_pb2.Aggregate(
+            version=2, bundle=bundle_info(data), encoding=encoding
+        )
+        self._responses = [
             aggregation_pb2.FetchResponse(aggregate=aggregate),
             *(aggregation_pb2.FetchResponse(chunk=chunk) for chunk in bundle_chunks(data)),
         ]
         if random.random() < 0.5:
-            _disturb(random, messages)
-        with Watchdog(60, lambda: None) as watchdog:
-            data = self._aggregator._read(iter(messages), 1, 8192, watchdog)
-        expected = {name: TensorSpec(shape, (torch.float32,)) for name, shape in SHAPES.items()}
-        decoded = decode_tensors(data, expected)
-        assert all(bool(torch.isfinite(tensor).all()) for tensor in decoded.values())
+            _disturb(random, self._responses)
+        fetched = self._aggregator.fetch(2, self._base, Average(1, self._base))
+        assert {name: tuple(tensor.shape) for name, tensor in fetched.items()} == SHAPES
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in fetched.values())
+
+
+class _Responses:
+    """Of a call: they come, and it may be cancelled."""
+
+    def __init__(self, responses: list[Any]) -> None:
+        self._responses = iter(responses)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._responses
+
+    def cancel(self) -> None:
+        """Nothing is left to cancel."""
 
 
 # ---------------------------------------------------------------------- files
@@ -321,6 +347,8 @@ def client_decoders(folder: Path) -> dict[str, Decoder]:
         "Generate: result": decode_result,
         "FetchAdapter": fetched_adapter,
         "Fetch: aggregate": FetchedAggregate(),
+        "Fetch: aggregate, int8": FetchedAggregate("int8"),
+        "Fetch: aggregate, int4": FetchedAggregate("int4"),
         "adapter file": AdapterFile(folder),
         "JSONL": DataFile(folder),
         "TOML": ConfigFile(folder),

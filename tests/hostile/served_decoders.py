@@ -8,7 +8,9 @@ from random import Random
 
 import torch
 from google.protobuf.message import Message
+from safetensors.numpy import save
 
+from lesft.adapter_codec import decode, encode
 from lesft.bundle import BundleReader, bundle_chunks, bundle_info
 from lesft.channel import MAX_MESSAGE_BYTES
 from lesft.errors import BundleError, InvalidInput, OutOfOrder, TooLarge, one_line
@@ -22,8 +24,12 @@ from lesft.inference_messages import (
 )
 from lesft.micro_batch import Path, StepKey, Targets
 from lesft.sample_memory import SampleMemory
-from lesft.spec import PROTOCOL_VERSION, Encoding, LossSpec, RunSpec
-from lesft.spec_messages import encoding_to_message
+from lesft.spec import PROTOCOL_VERSION, AdapterEncoding, Encoding, LossSpec, RunSpec
+from lesft.spec_messages import (
+    adapter_encoding,
+    adapter_encoding_to_message,
+    encoding_to_message,
+)
 from lesft.step_messages import (
     MAX_ACTIVATION,
     Limits,
@@ -45,7 +51,7 @@ from lesft_aggregator.admission import (
 )
 from lesft_server.handshake import check_opening, check_sequence, resume_point
 from lesft_server.sample_store import SampleStore
-from tests.aggregator.harness import SHAPES, make_adapter
+from tests.aggregator.harness import SHAPES, make_adapter, make_tensors
 from tests.hostile.lying_safetensors import lying_safetensors
 from tests.hostile.mutate import mutate_bytes, mutate_message
 from tests.server.harness import make_batch, opening, random_path, random_targets
@@ -308,11 +314,18 @@ def aggregator_join(random: Random) -> None:
     assert 1 <= client.num_samples <= 1 << 40
 
 
-def submission(random: Random) -> None:
+def submission(random: Random, encoding: AdapterEncoding = "raw", base_version: int = 0) -> None:
     """A client's adapter at the aggregator."""
-    data = lying_safetensors(random, make_adapter(0))
+    base = make_tensors(1) if base_version else {}
+    valid = make_adapter(0) if encoding == "raw" else encode(make_tensors(0), encoding, base)
+    data = lying_safetensors(random, valid)
     message = aggregation_pb2.SubmitRequest(
-        submission=aggregation_pb2.Submission(client_id="a", run_id="lesft", num_samples=10)
+        submission=aggregation_pb2.Submission(
+            client_id="a",
+            run_id="lesft",
+            num_samples=10,
+            encoding=adapter_encoding_to_message(encoding),
+        )
     )
     parsed = received(random, message) if random.random() < 0.3 else message
     assert isinstance(parsed, aggregation_pb2.SubmitRequest)
@@ -324,7 +337,10 @@ def submission(random: Random) -> None:
     info = _announced(random, data)
     if info.total_bytes > 1 << 20:
         raise InvalidInput("too large")
-    layout = read_layout(transferred(random, info, data, 1 << 20))
+    data, named = transferred(random, info, data, 1 << 20), adapter_encoding(header.encoding)
+    if named != "raw":
+        data = save(decode(data, named, base, 1 << 20))
+    layout = read_layout(data)
     expected: Layout = dict(SHAPES)
     check_layout(layout, expected)
     assert layout == expected
@@ -355,5 +371,8 @@ def served_decoders(folder: FilePath) -> dict[str, Decoder]:
         "Generate: step": decode_step,
         "Join": aggregator_join,
         "Submit": submission,
+        "Submit, int8 and whole": partial(submission, encoding="int8"),
+        "Submit, int8": partial(submission, encoding="int8", base_version=1),
+        "Submit, int4": partial(submission, encoding="int4", base_version=1),
         "refusals": refusals,
     }

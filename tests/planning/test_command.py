@@ -93,7 +93,7 @@ def test_what_does_not_fit_together_is_refused_with_nothing_written(
     output = tmp_path / "plan"
     with (
         running_server(server_settings(model, tmp_path / "short")) as server,
-        pytest.raises(DataError, match=r"none of the 6 samples .*; 64 is the limit of the"),
+        pytest.raises(DataError, match=r"none of the 6 samples .*; 64 is the run's limit"),
     ):
         plan(settings_for(server.grpc, model, output))
     few_tokens = save_tiny_model(tmp_path / "few", vocab_size=97)

@@ -40,6 +40,7 @@ from tests.server.harness import (
     step_messages,
     train_to_the_end,
     with_chunks,
+    without_pauses,
 )
 from tests.server.mid_run import MAX_LENGTH, NO_LEAVE, MidRun, serving
 from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
@@ -420,7 +421,8 @@ def test_bad_input_before_the_start_only_costs_its_sender_the_place(
     samples = [random_samples(5, 1), random_samples(3, 2)]
     with serving(model, tmp_path / "undisturbed") as server:
         undisturbed = train_to_the_end(server, model, samples)
-    with serving(model, tmp_path / "disturbed") as server, raw_channel(server.grpc) as channel:
+    disturbed_server = serving(model, tmp_path / "disturbed")
+    with disturbed_server as server, raw_channel(server.grpc) as channel, without_pauses():
         before = snapshot(server)
         for what in BAD:
             session = join(channel, server.spec, "client-0")

@@ -33,6 +33,7 @@ from tests.server.harness import (
     raw_channel,
     snapshot,
     train_to_the_end,
+    without_pauses,
 )
 
 
@@ -41,7 +42,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
     """A server that waits for its two clients; tests leave it so."""
     state = tmp_path_factory.mktemp("state")
     settings = server_settings(model, state, clients=2, batch_size=2, threads=1)
-    with running_server(settings) as running:
+    with running_server(settings) as running, without_pauses():
         yield running
 
 

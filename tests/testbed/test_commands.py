@@ -35,6 +35,7 @@ SETTINGS = RunSettings(
     seed=11,
     activation_encoding="bf16",
     gradient_encoding="bf16",
+    adapter_encoding="int4",
     lora=LoraSpec(rank=4, alpha=12.5, dropout=0.1, target_modules=("q_proj", "v_proj")),
     loss=LossSpec(
         token_weights="uniform",
