@@ -5,13 +5,14 @@ Shape letters: N tokens of the whole batch, T its target tokens, L tokens of the
 B samples, D width, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
 
 from lesft.adapters import enable_adapters, lora_parameters
-from lesft.cohort_batch import CohortBatch, Part, TokenTerms, concatenate
+from lesft.cohort_batch import CohortBatch, Part, TokenTerms, concatenate, grouped, remember
 from lesft.decoding import Step, back_steps
 from lesft.device import Precision, autocast
 from lesft.errors import InvalidInput
@@ -25,6 +26,9 @@ from lesft.spec import RunSpec
 from lesft.split import back_hidden, head_logits
 from lesft.training_state import load_training_state, training_state
 
+MOST_TOKENS = {"cpu": 512, "cuda": 16384}
+"""Of one batch, by the device's type: a CPU is busy with few, and pays for padding in full."""
+
 
 class Back:
     """Decoder layers from the cut on, final norm and LM head, with their adapters and optimizer."""
@@ -37,11 +41,13 @@ class Back:
         logits_slice: int = 1024,
         dropout_role: str = "server",
         memory: SampleMemory | None = None,
+        most_tokens: int = 0,
     ) -> None:
         """`model` is frozen but for its adapters; logits are made `logits_slice` tokens a time.
 
-        Dropout is drawn by the role's name, beside the run's seed and the step. `memory` is a new
-        one of its own, unless given.
+        A cohort's step of more than `most_tokens`, with padding, is taken in several batches; 0
+        stands for `MOST_TOKENS` of the model's device. Dropout is drawn by the role's name, beside
+        the run's seed and the step. `memory` is a new one of its own, unless given.
         """
         self.model = model
         self.spec = spec
@@ -51,11 +57,19 @@ class Back:
         self._precision = precision
         self._logits_slice = logits_slice
         self._dropout_role = dropout_role
+        self._most_tokens = most_tokens or MOST_TOKENS.get(model.device.type, MOST_TOKENS["cuda"])
         self._untuned = False
 
     def with_model(self, model: PreTrainedModel, spec: RunSpec) -> "Back":
         """A back that computes as this one, with optimizer and memory of its own."""
-        return Back(model, spec, self._precision, self._logits_slice, self._dropout_role)
+        return Back(
+            model,
+            spec,
+            self._precision,
+            self._logits_slice,
+            self._dropout_role,
+            most_tokens=self._most_tokens,
+        )
 
     # ------------------------------------------------------------------ the training step
 
@@ -66,6 +80,26 @@ class Back:
         nothing, when a client's activations are or lead to values that are not finite; raises what
         `Optimizer.step` raises.
         """
+        groups = grouped(parts, self._most_tokens)
+        torch.manual_seed(derive_seed(self.spec.seed, self._dropout_role, key.round, key.micro))
+        with self._gradients_kept_from_failure(len(groups)):
+            trained = [self._train(key, group) for group in groups]
+        results: dict[str, StepResult] = {}
+        for group, (of_group, reference_log_probs_T) in zip(groups, trained, strict=True):
+            results |= {part.client_id: each for part, each in zip(group, of_group, strict=True)}
+            if reference_log_probs_T is not None:
+                remember(group, reference_log_probs_T)
+        if key.micro == self.spec.accumulation - 1:
+            self.optimizer.step()
+        return [results[part.client_id] for part in parts]
+
+    def _train(
+        self, key: StepKey, parts: Sequence[Part]
+    ) -> tuple[list[StepResult], torch.Tensor | None]:
+        """Forward and backward with one batch; returns results, and log P~ `[T]` where it is known.
+
+        Raises InvalidInput before anything is changed.
+        """
         loss = self.spec.loss
         # Step 3: S and S~ of all clients.
         batch = CohortBatch(parts, self.model.device, self.spec.train_front)
@@ -74,8 +108,6 @@ class Back:
         reference_TD = reference_log_probs_T = None
         if loss.needs_reference:
             reference_TD, reference_log_probs_T = self._reference(batch)
-        seed = derive_seed(self.spec.seed, self._dropout_role, key.round, key.micro)
-        torch.manual_seed(seed)
         base_TD = self._hidden(batch.base, batch.targets, grad=True, dropout=True)
         _check_finite(batch, base_TD, reference_TD)
 
@@ -96,15 +128,27 @@ class Back:
                 reference_TD, ids_T, loss.reference_nll_weight * scales_T
             )
             losses_T = losses_T - loss.reference_nll_weight * reference_log_probs_T
-        if reference_log_probs_T is not None:
-            batch.remember(reference_log_probs_T)
-        if key.micro == self.spec.accumulation - 1:
-            self.optimizer.step()
 
         # Step 6: the gradient with respect to S, split by client.
-        return batch.results(key, TokenTerms(losses_T, log_probs_T, classes_T))
+        terms = TokenTerms(losses_T, log_probs_T, classes_T)
+        return batch.results(key, terms), reference_log_probs_T
 
     # ------------------------------------------------------------------ its pieces
+
+    @contextmanager
+    def _gradients_kept_from_failure(self, num_batches: int) -> Iterator[None]:
+        """A batch that is refused leaves no gradients behind of those before it in its step."""
+        if num_batches == 1:
+            yield
+            return
+        parameters = lora_parameters(self.model)
+        before = [None if p.grad is None else p.grad.clone() for p in parameters]
+        try:
+            yield
+        except InvalidInput:
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = gradient
+            raise
 
     def _reference(self, batch: CohortBatch) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Hidden states where log P~ is not known yet, if that is anywhere; log P~ `[T]` of all."""

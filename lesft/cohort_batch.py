@@ -78,13 +78,6 @@ class CohortBatch:
             [next(found) if known is None else known.to(device) for known in self._known]
         )
 
-    def remember(self, log_probs_T: torch.Tensor) -> None:
-        """Each client's log P~ into its memory, where it has one."""
-        for part, rows in zip(self.parts, self.token_rows(), strict=True):
-            if part.memory is not None:
-                lengths = list(part.micro_batch.targets.lengths)
-                part.memory.keep(part.micro_batch, torch.split(log_probs_T[rows], lengths))
-
     def token_scales(self) -> torch.Tensor:
         """`[T]` float32: the factor of each token's term, share_i / (B_i |y|) (eq. 1 and 17)."""
         scales = [
@@ -98,7 +91,7 @@ class CohortBatch:
 
     def token_rows(self) -> list[slice]:
         """Each client's rows of the target tokens."""
-        return _rows([sum(part.micro_batch.targets.lengths) for part in self.parts])
+        return _token_rows(self.parts)
 
     def reference_rows(self) -> list[slice]:
         """Each client's rows of `reference_targets`."""
@@ -140,6 +133,54 @@ class CohortBatch:
         if gradient_ND is None:
             return [None] * len(self.parts)
         return torch.split(gradient_ND, [sum(path.lengths) for path in paths if path is not None])
+
+
+def grouped(parts: Sequence[Part], most_tokens: int) -> list[list[Part]]:
+    """The parts in as few batches as have at most so many tokens each, with padding.
+
+    In their order where one will do; else those of like lengths are together, so that there is
+    little padding. A single part may have more.
+    """
+    if _padded_tokens(parts) <= most_tokens:
+        return [list(parts)]
+    groups: list[list[Part]] = []
+    for part in sorted(parts, key=_longest):
+        if groups and _padded_tokens([*groups[-1], part]) <= most_tokens:
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    return groups
+
+
+def _longest(part: Part) -> int:
+    return max(length for path in _paths(part) for length in path.lengths)
+
+
+def _padded_tokens(parts: Sequence[Part]) -> int:
+    """Of the larger of both paths' batches."""
+    lengths: dict[str, list[int]] = {"base": [], "reference": []}
+    for part in parts:
+        lengths["base"] += part.micro_batch.base.lengths
+        if part.micro_batch.reference is not None:
+            lengths["reference"] += part.micro_batch.reference.lengths
+    return max(len(path) * max(path, default=0) for path in lengths.values())
+
+
+def _paths(part: Part) -> list[Path]:
+    base, reference = part.micro_batch.base, part.micro_batch.reference
+    return [base] if reference is None else [base, reference]
+
+
+def remember(parts: Sequence[Part], log_probs_T: torch.Tensor) -> None:
+    """Each client's log P~, of a batch of these parts, into its memory, where it has one."""
+    for part, rows in zip(parts, _token_rows(parts), strict=True):
+        if part.memory is not None:
+            lengths = list(part.micro_batch.targets.lengths)
+            part.memory.keep(part.micro_batch, torch.split(log_probs_T[rows], lengths))
+
+
+def _token_rows(parts: Sequence[Part]) -> list[slice]:
+    return _rows([sum(part.micro_batch.targets.lengths) for part in parts])
 
 
 def _rows(counts: Sequence[int]) -> list[slice]:

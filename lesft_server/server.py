@@ -304,7 +304,15 @@ def _load(settings: ServerSettings, checkpoint: Checkpoint) -> tuple[Back, RunSp
     if settings.gradient_checkpointing:
         checkpoint_gradients(model)
     memory = SampleMemory(settings.remembered_mib << 20)
-    return Back(model, spec, settings.precision, settings.logits_slice, memory=memory), spec
+    back = Back(
+        model,
+        spec,
+        settings.precision,
+        settings.logits_slice,
+        memory=memory,
+        most_tokens=settings.batch_tokens,
+    )
+    return back, spec
 
 
 def _generation(settings: ServerSettings, engine: Engine) -> Generation:

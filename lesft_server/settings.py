@@ -35,6 +35,12 @@ class ServerSettings(SecuritySettings, CallLimits, RunOptions, LogSettings):
     logits_slice: int = Field(
         1024, ge=1, description="Target tokens per slice of the LM head; bounds its memory."
     )
+    batch_tokens: int = Field(
+        0,
+        ge=0,
+        description="Most tokens, with padding, of one batch of the model; bounds its memory, as a "
+        "larger step of the cohort is taken in several. 0: 512 on a CPU, 16384 on a GPU.",
+    )
     cut_layer: int = Field(
         0, ge=0, description="Decoder layers on the client; 0 takes a quarter of the model."
     )

@@ -191,7 +191,11 @@ def run_spec(**changes: object) -> RunSpec:
 
 
 def make_back(
-    checkpoint: Checkpoint, spec: RunSpec, precision: Precision = "fp32", logits_slice: int = 1024
+    checkpoint: Checkpoint,
+    spec: RunSpec,
+    precision: Precision = "fp32",
+    logits_slice: int = 1024,
+    most_tokens: int = 0,
 ) -> Back:
     """A back whose adapters are random on both sides: with B = 0, A would get no gradient."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -201,7 +205,7 @@ def make_back(
     with torch.no_grad():
         for parameter in lora_parameters(model):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return Back(model, spec, precision, logits_slice)
+    return Back(model, spec, precision, logits_slice, most_tokens=most_tokens)
 
 
 def random_part(

@@ -76,6 +76,16 @@ def test_a_step_equals_autograd_through_the_whole_computation(
     assert_step_equals_plain_one(make_back(checkpoint, spec), two_clients(spec.loss))
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_step_in_several_batches_equals_the_whole_computation(
+    checkpoint: Checkpoint, name: str
+) -> None:
+    """Of 15 and 40 padded tokens: 12 is less than what the smaller one has on either path."""
+    spec = run_spec(loss=LOSSES[name], accumulation=4)
+    back = make_back(checkpoint, spec, most_tokens=12)
+    assert_step_equals_plain_one(back, two_clients(spec.loss))
+
+
 def test_the_losses_under_test_have_tokens_of_every_class(checkpoint: Checkpoint) -> None:
     for name in ("adaptive", "contiguous"):
         spec = run_spec(loss=LOSSES[name])
@@ -478,6 +488,13 @@ def test_the_last_activation_is_looked_at_though_it_predicts_nothing(
     assert_bad_part_changes_nothing(checkpoint, spec, "base", -1, math.nan, (513, 4))
 
 
+def test_what_is_refused_takes_back_what_a_batch_before_it_in_its_step_has_done(
+    checkpoint: Checkpoint,
+) -> None:
+    spec = run_spec(loss=LOSSES["adaptive"], accumulation=3)
+    assert_bad_part_changes_nothing(checkpoint, spec, "base", 6, math.nan, (9, 4), most_tokens=9)
+
+
 def assert_bad_part_changes_nothing(
     checkpoint: Checkpoint,
     spec: RunSpec,
@@ -485,10 +502,11 @@ def assert_bad_part_changes_nothing(
     position: int,
     value: float,
     shape: tuple[int, int],
+    most_tokens: int = 0,
 ) -> None:
     """In the second micro-batch of a window; after it the window goes on as if nothing had been."""
     second = StepKey(0, 1)
-    backs = [make_back(checkpoint, spec) for _ in range(2)]
+    backs = [make_back(checkpoint, spec, most_tokens=most_tokens) for _ in range(2)]
     for back in backs:
         back.train_step(FIRST, two_clients(spec.loss))
     back, undisturbed = backs
