@@ -10,6 +10,7 @@ from itertools import accumulate
 
 import torch
 
+from lesft.device import joined
 from lesft.loss import TokenClass
 from lesft.micro_batch import MicroBatch, Path, StepKey, StepResult, Targets
 from lesft.sample_memory import ClientMemory
@@ -56,7 +57,7 @@ class CohortBatch:
         self.base = concatenate([batch.base for batch in batches], device, grad)
         self.reference = concatenate(references, device, grad) if references else None
         self.targets = Targets(
-            torch.cat([batch.targets.ids_T for batch in batches]).to(device),
+            joined([batch.targets.ids_T for batch in batches], device),
             tuple(length for batch in batches for length in batch.targets.lengths),
         )
         self._known = [log_probs_T for part in parts for log_probs_T in part.known]
@@ -190,7 +191,7 @@ def _rows(counts: Sequence[int]) -> list[slice]:
 
 def concatenate(paths: Sequence[Path], device: torch.device, grad: bool) -> Path:
     """The paths one after another on the device; with `grad`, as a leaf that takes a gradient."""
-    activations_ND = torch.cat([path.activations_ND for path in paths]).to(device)
+    activations_ND = joined([path.activations_ND for path in paths], device)
     lengths = tuple(length for path in paths for length in path.lengths)
     return Path(activations_ND.requires_grad_(grad), lengths)
 

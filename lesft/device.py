@@ -1,7 +1,8 @@
 """Which torch device to compute on, and how precisely."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -33,6 +34,19 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     """Where bfloat16 is computed in, matrices are multiplied in it; adapters stay in float32."""
     enabled = compute_dtype(precision, device) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def joined(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The rows of tensors of the CPU one after another, on a device.
+
+    A GPU fetches them from pinned memory while this thread goes on.
+    """
+    if device.type != "cuda":
+        return torch.cat(list(tensors)).to(device)
+    shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    pinned = torch.empty(shape, dtype=dtype, pin_memory=True)
+    return torch.cat(list(tensors), out=pinned).to(device, non_blocking=True)
 
 
 def choose_device(name: str) -> torch.device:

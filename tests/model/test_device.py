@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lesft import device as device_module
-from lesft.device import Precision, choose_device, compute_dtype
+from lesft.device import Precision, choose_device, compute_dtype, joined
 from lesft.errors import InvalidInput
 
 
@@ -48,3 +48,21 @@ def test_quantised_weights_are_computed_with_in_bfloat16_where_that_is_fast(
 ) -> None:
     monkeypatch.setattr(device_module, "_cpu_multiplies_bfloat16", lambda: cpu_is_able)
     assert compute_dtype(precision, torch.device(device)) == dtype
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+        ),
+    ],
+)
+def test_rows_are_joined_on_the_device_in_the_dtype_that_holds_all(device: str) -> None:
+    rows = torch.arange(12.0).reshape(6, 2)
+    found = joined([rows[:1].bfloat16(), rows[1:1], rows[1:]], torch.device(device))
+    assert found.device.type == device
+    assert found.dtype == torch.float32
+    assert torch.equal(found.cpu(), rows)
