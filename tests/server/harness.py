@@ -238,6 +238,26 @@ def held_out_messages(index: int = 0) -> list[TrainRequest]:
     return with_chunks(TrainRequest(held_out=header), data)
 
 
+Messages = Callable[[StepKey, Sequence[int], Sequence[int]], list[TrainRequest]]
+"""The messages of a micro-batch: its key, its samples, and which of them are enclosed."""
+
+
+def bent(
+    messages: Messages,
+    key: StepKey,
+    samples: Sequence[int],
+    enclosed: Sequence[int],
+    /,
+    **fields: Sequence[int],
+) -> list[TrainRequest]:
+    """A header and its bundle, with other numbers in the header."""
+    first, *chunks = messages(key, samples, enclosed)
+    for name, values in fields.items():
+        first.micro_batch.ClearField(name)  # type: ignore[arg-type]
+        getattr(first.micro_batch, name).extend(values)
+    return [first, *chunks]
+
+
 def heartbeat() -> TrainRequest:
     """The message of a client that is there and has nothing to send."""
     return TrainRequest(heartbeat=heartbeat_pb2.Heartbeat())

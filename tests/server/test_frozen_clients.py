@@ -27,6 +27,7 @@ from tests.server import resumable_client
 from tests.server.harness import (
     RawSession,
     assert_serving,
+    bent,
     join,
     opening,
     raw_channel,
@@ -161,74 +162,59 @@ def announced(header: training_pb2.MicroBatch) -> TrainRequest:
     return TrainRequest(micro_batch=header)
 
 
-def bent(
-    samples: Sequence[int], enclosed: Sequence[int], /, **fields: Sequence[int]
-) -> Callable[[], list[TrainRequest]]:
-    """A header and its bundle, with other numbers in the header."""
-
-    def make() -> list[TrainRequest]:
-        first, *chunks = messages(DUE, samples, enclosed)
-        for name, values in fields.items():
-            first.micro_batch.ClearField(name)  # type: ignore[arg-type]
-            getattr(first.micro_batch, name).extend(values)
-        return [first, *chunks]
-
-    return make
-
-
 def fork() -> list[TrainRequest]:
     """Sample 2's content under the number of sample 1, which is held."""
-    return bent([2], [2], samples=[1], enclosed=[1])()
+    return bent(messages, DUE, [2], [2], samples=[1], enclosed=[1])
 
 
 REFUSED: dict[str, tuple[Callable[[], list[TrainRequest]], type[LesftError], str]] = {
     "no samples": (
-        bent([2], [2], samples=[]),
+        partial(bent, messages, DUE, [2], [2], samples=[]),
         InvalidInput,
         "samples must have 1 to 2 entries (batch_size), got 0",
     ),
     "too many samples": (
-        bent([0, 1, 0], []),
+        partial(bent, messages, DUE, [0, 1, 0], []),
         InvalidInput,
         "samples must have 1 to 2 entries (batch_size), got 3",
     ),
     "a number that the client has no sample of": (
-        bent([2], [2], samples=[3], enclosed=[3]),
+        partial(bent, messages, DUE, [2], [2], samples=[3], enclosed=[3]),
         InvalidInput,
         "samples: the client has samples 0 to 2, got 3",
     ),
     "the largest number": (
-        bent([0, 2**32 - 1], []),
+        partial(bent, messages, DUE, [0, 2**32 - 1], []),
         InvalidInput,
         "samples: the client has samples 0 to 2, got 4294967295",
     ),
     "one enclosed that is not among them": (
-        bent([2], [2], samples=[0]),
+        partial(bent, messages, DUE, [2], [2], samples=[0]),
         InvalidInput,
         "enclosed must be some of samples [0], each once, got [2]",
     ),
     "one enclosed twice": (
-        bent([2, 2], [2, 2]),
+        partial(bent, messages, DUE, [2, 2], [2, 2]),
         InvalidInput,
         "enclosed must be some of samples [2, 2], each once, got [2, 2]",
     ),
     "lengths of more than is enclosed": (
-        bent([2], [2], target_lengths=[4, 4]),
+        partial(bent, messages, DUE, [2], [2], target_lengths=[4, 4]),
         InvalidInput,
         "target_lengths must have one entry for each of the 1 samples enclosed, got 2",
     ),
     "lengths where nothing is enclosed": (
-        bent([2], [2], enclosed=[]),
+        partial(bent, messages, DUE, [2], [2], enclosed=[]),
         InvalidInput,
         "target_lengths must have one entry for each of the 0 samples enclosed, got 1",
     ),
     "other lengths of the paths": (
-        bent([2], [2], base_lengths=[7, 7]),
+        partial(bent, messages, DUE, [2], [2], base_lengths=[7, 7]),
         InvalidInput,
         "base_lengths must have one entry per sample (1), got 2",
     ),
     "one that is neither held nor enclosed": (
-        bent([0, 2], []),
+        partial(bent, messages, DUE, [0, 2], []),
         OutOfOrder,
         "sample 2 of client 'a' is not held here: enclose its activations",
     ),

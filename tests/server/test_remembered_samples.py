@@ -25,6 +25,7 @@ from tests.harness import RunningServer, make_front, random_samples, server_sett
 from tests.server import resumable_client
 from tests.server.harness import (
     assert_serving,
+    bent,
     join,
     raw_channel,
     refusal,
@@ -130,75 +131,60 @@ def messages(key: StepKey, samples: Sequence[int], enclosed: Sequence[int]) -> l
     return with_chunks(TrainRequest(micro_batch=header), data)
 
 
-def bent(
-    samples: Sequence[int], enclosed: Sequence[int], /, **fields: Sequence[int]
-) -> Callable[[], list[TrainRequest]]:
-    """A header and its bundle, with other numbers in the header."""
-
-    def make() -> list[TrainRequest]:
-        first, *chunks = messages(DUE, samples, enclosed)
-        for name, values in fields.items():
-            first.micro_batch.ClearField(name)  # type: ignore[arg-type]
-            getattr(first.micro_batch, name).extend(values)
-        return [first, *chunks]
-
-    return make
-
-
 REFUSED: dict[str, tuple[Callable[[], list[TrainRequest]], type[LesftError], str]] = {
     "no samples": (
-        bent([2], [2], samples=[]),
+        partial(bent, messages, DUE, [2], [2], samples=[]),
         InvalidInput,
         "samples must have 1 to 2 entries (batch_size), got 0",
     ),
     "a number that the client has no sample of": (
-        bent([2], [2], samples=[3], enclosed=[3]),
+        partial(bent, messages, DUE, [2], [2], samples=[3], enclosed=[3]),
         InvalidInput,
         "samples: the client has samples 0 to 2, got 3",
     ),
     "one enclosed that is not among them": (
-        bent([2], [2], samples=[0]),
+        partial(bent, messages, DUE, [2], [2], samples=[0]),
         InvalidInput,
         "enclosed must be some of samples [0], each once, got [2]",
     ),
     "targets of one that is not enclosed": (
-        bent([2], [2], enclosed=[]),
+        partial(bent, messages, DUE, [2], [2], enclosed=[]),
         InvalidInput,
         "target_lengths must have one entry for each of the 0 samples enclosed, got 1",
     ),
     "a base path of one that is not named": (
-        bent([2, 0], [2], samples=[2]),
+        partial(bent, messages, DUE, [2, 0], [2], samples=[2]),
         InvalidInput,
         "base_lengths must have one entry per sample (1), got 2",
     ),
     "a base path that is too long": (
-        bent([2, 0], [2], base_lengths=[7, 65]),
+        partial(bent, messages, DUE, [2, 0], [2], base_lengths=[7, 65]),
         TooLarge,
         "base_lengths: a sequence of 65 tokens, but the run's max_length is 64: skip the sample or "
         "raise --max-length on the server",
     ),
     "a base path of one token": (
-        bent([2, 0], [2], base_lengths=[7, 1]),
+        partial(bent, messages, DUE, [2, 0], [2], base_lengths=[7, 1]),
         InvalidInput,
         "base_lengths: a sequence must have at least 2 tokens, prompt and target, got 1",
     ),
     "no reference path of what is enclosed": (
-        bent([2], [2], reference_lengths=[]),
+        partial(bent, messages, DUE, [2], [2], reference_lengths=[]),
         InvalidInput,
         "reference_lengths must have one entry per sample (1), got 0",
     ),
     "a target as long as its base path": (
-        bent([2], [2], target_lengths=[7]),
+        partial(bent, messages, DUE, [2], [2], target_lengths=[7]),
         InvalidInput,
         "target_lengths: a target must have 1 to 6 of its sequence's 7 tokens, got 7",
     ),
     "a base path shorter than the target that is remembered": (
-        bent([2, 1], [2], base_lengths=[10, 3]),
+        partial(bent, messages, DUE, [2, 1], [2], base_lengths=[10, 3]),
         InvalidInput,
         "base_lengths: sample 1 has 3 tokens, but its target alone has 3",
     ),
     "one that is neither remembered nor enclosed": (
-        bent([0, 2], []),
+        partial(bent, messages, DUE, [0, 2], []),
         OutOfOrder,
         "sample 2 is not remembered here: enclose its targets and reference path",
     ),
