@@ -1,8 +1,8 @@
 """Adapters on their way to and from the aggregator: whole, or as what has changed since a version.
 
 A step of AdamW changes every value by about the learning rate, so the change since the last average
-takes few bits: 8 or 4 a value, with a scale for each 256, all tensors of an adapter one after the
-other. Unlike activations, changes have no few channels of great magnitude, and need no rotation.
+takes few bits: 8 or 4 a value, with a scale for each 256 of a tensor. Unlike activations, changes
+have no few channels of great magnitude, and need no rotation.
 
 Both ends compute `base + change` with the same numpy operations on the same values, so that both
 have the same adapter afterwards, to the last bit. Version 0, which nobody has averaged, is known to
@@ -11,11 +11,13 @@ the clients alone: what is based on it travels whole, in 8 bits. Loads no torch.
 
 import json
 import math
+import zlib
 from collections.abc import Mapping
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
@@ -35,7 +37,13 @@ _WHOLE: AdapterEncoding = "int8"
 
 _MAX_HEADER_BYTES = 4096
 _MAX_LAYOUT_BYTES = 1 << 20
-_LAYOUT = TypeAdapter(dict[str, tuple[PositiveInt, ...]])
+
+MAX_DIMENSIONS = 8
+"""Of a tensor; numpy has a limit of its own, some of whose functions have a lower one."""
+
+_Size = Annotated[int, Field(ge=1, lt=1 << 32)]
+_Shape = Annotated[list[_Size], Field(max_length=MAX_DIMENSIONS, fail_fast=True)]
+_LAYOUT = TypeAdapter(dict[str, _Shape])
 
 
 def encode(
@@ -59,7 +67,7 @@ def encode(
 
 
 def most_bytes_per_value(encoding: AdapterEncoding) -> float:
-    """Before codes are deflated, without names and shapes; of what has a base."""
+    """Before codes are deflated, without names, shapes and padding; of what has a base."""
     bits = {"raw": 32.0, "int8": 8 + 32 / _BLOCK, "int4": 4 + 32 / _BLOCK}
     return bits[encoding] / 8
 
@@ -67,7 +75,7 @@ def most_bytes_per_value(encoding: AdapterEncoding) -> float:
 def decode(
     data: bytes, encoding: AdapterEncoding, base: Mapping[str, FloatArray], max_bytes: int
 ) -> dict[str, FloatArray]:
-    """The adapter of a bundle from `encode`; no other memory is taken than for `max_bytes` of it.
+    """The adapter of a bundle from `encode`, if it has at most `max_bytes`; see `decoded_bytes`.
 
     Values may be infinite or NaN, which is for the caller to check. Raises BundleError when it is
     none for this base, TooLarge.
@@ -78,48 +86,66 @@ def decode(
         layout = {name: array.shape for name, array in base.items()}
     else:
         encoding, layout = _WHOLE, _read_layout(tensors["layout"])
-    num_values = sum(math.prod(shape) for shape in layout.values())
-    if num_values * 4 > max_bytes:
+    num_blocks = sum(_padded(math.prod(shape)) for shape in layout.values()) // _BLOCK
+    num_bytes = num_blocks * _BLOCK * 4
+    if num_bytes > max_bytes:
         raise TooLarge(
-            f"adapter of {num_values * 4} bytes once it is decoded, but at most {max_bytes} are "
-            "accepted"
+            f"adapter of {num_bytes} bytes once it is decoded, but at most {max_bytes} are accepted"
         )
     scales_K = np.frombuffer(tensors["scales"], dtype="<f4")
-    if len(scales_K) != math.ceil(num_values / _BLOCK):
+    if len(scales_K) != num_blocks:
         raise BundleError(
-            f"adapter: scales must be {math.ceil(num_values / _BLOCK)} for {num_values} values, "
-            f"got {len(scales_K)}"
+            f"adapter: scales must be {num_blocks} for these tensors, got {len(scales_K)}"
         )
-    num_codes = len(scales_K) * _BLOCK
-    num_bytes = num_codes if encoding == "int8" else num_codes // 2
-    packed = inflate("adapter: codes", bytes(tensors["codes"]), num_bytes)
+    num_codes = num_blocks * _BLOCK
+    packed_bytes = num_codes if encoding == "int8" else num_codes // 2
+    packed = inflate("adapter: codes", bytes(tensors["codes"]), packed_bytes)
     with np.errstate(over="ignore", invalid="ignore"):
-        values_N = (_unpacked(packed, encoding) * scales_K[:, None]).reshape(-1)[:num_values]
+        values_N = (_unpacked(packed, encoding) * scales_K[:, None]).reshape(-1)
         if base:
             values_N += _flat(base)
     return _shaped(values_N, layout)
+
+
+def decoded_bytes(adapter: Mapping[str, FloatArray]) -> int:
+    """What decoding such an adapter takes for its values: each tensor begins a block of 256."""
+    return 4 * sum(_padded(array.size) for array in adapter.values())
+
+
+def checksum(adapter: Mapping[str, FloatArray]) -> int:
+    """CRC-32 of an adapter's values, by which both ends know that they have the same; 0 of none."""
+    return zlib.crc32(_flat(adapter).tobytes()) if adapter else 0
 
 
 # ---------------------------------------------------------------------- values
 
 
 def _flat(adapter: Mapping[str, FloatArray]) -> FloatArray:
-    return np.concatenate([adapter[name].reshape(-1) for name in sorted(adapter)])
+    """All values, tensor by tensor in the order of names; zeros fill up a tensor's last block."""
+    sizes = {name: _padded(adapter[name].size) for name in sorted(adapter)}
+    values_N, start = np.zeros(sum(sizes.values()), np.float32), 0
+    for name, size in sizes.items():
+        values_N[start : start + adapter[name].size] = adapter[name].reshape(-1)
+        start += size
+    return values_N
+
+
+def _padded(size: int) -> int:
+    return math.ceil(size / _BLOCK) * _BLOCK
 
 
 def _shaped(values_N: FloatArray, layout: Layout) -> dict[str, FloatArray]:
     adapter, start = dict[str, FloatArray](), 0
     for name in sorted(layout):
-        stop = start + math.prod(layout[name])
-        adapter[name] = values_N[start:stop].reshape(layout[name])
-        start = stop
+        size = math.prod(layout[name])
+        adapter[name] = values_N[start : start + size].reshape(layout[name])
+        start += _padded(size)
     return adapter
 
 
 def _quantized(values_N: FloatArray, largest: int) -> tuple[npt.NDArray[np.int8], FloatArray]:
-    """Codes `[K, 256]`, the last ones of them for nothing, and scales `[K]`."""
-    blocks_KB = np.zeros((math.ceil(len(values_N) / _BLOCK), _BLOCK), np.float32)
-    blocks_KB.reshape(-1)[: len(values_N)] = values_N
+    """Codes `[K, 256]` and scales `[K]`."""
+    blocks_KB = values_N.reshape(-1, _BLOCK)
     scales_K = np.abs(blocks_KB).max(axis=1) / np.float32(largest)
     divisors_K = np.where(scales_K == 0, np.float32(1), scales_K)
     codes_KB = np.rint(blocks_KB / divisors_K[:, None]).clip(-largest, largest)
@@ -171,11 +197,13 @@ def _read_layout(data: bytearray) -> Layout:
             "some thousands of tensors at most"
         )
     try:
-        layout = _LAYOUT.validate_json(bytes(data))
-    except ValidationError as error:
+        shapes = _LAYOUT.validate_json(bytes(data))
+    except ValidationError:
         raise BundleError(
-            f"adapter: layout must give each tensor's shape: {error.errors()[0]['msg']}"
+            "adapter: layout must be a JSON object of each tensor's shape: at most "
+            f"{MAX_DIMENSIONS} sizes from 1 to {(1 << 32) - 1}"
         ) from None
+    layout = {name: tuple(shape) for name, shape in shapes.items()}
     if not layout:
         raise BundleError("adapter holds no tensors: submit every LoRA tensor of the front")
     return layout

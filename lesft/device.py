@@ -37,11 +37,11 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 def joined(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """The rows of tensors of the CPU one after another, on a device.
+    """The rows of tensors one after another, on a device.
 
-    A GPU fetches them from pinned memory while this thread goes on.
+    A GPU fetches those of the CPU from pinned memory while this thread goes on.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or any(tensor.device.type != "cpu" for tensor in tensors):
         return torch.cat(list(tensors)).to(device)
     shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))

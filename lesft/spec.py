@@ -176,10 +176,15 @@ class RunOptions(_Spec):
         description="deadline: seconds that a step waits for the last; then the quorum suffices.",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of every random draw of the run.")
-    activation_encoding: Encoding = Field("raw", description="How activations travel.")
-    gradient_encoding: Encoding = Field("raw", description="How gradients travel.")
+    activation_encoding: Encoding = Field(
+        "int8", description="How activations travel in training; raw is exact."
+    )
+    gradient_encoding: Encoding = Field("int8", description="How gradients travel; raw is exact.")
+    inference_encoding: Encoding = Field(
+        "raw", description="How activations travel when texts are written."
+    )
     adapter_encoding: AdapterEncoding = Field(
-        "raw",
+        "int8",
         description="How adapters travel to the aggregator and back: whole, or in so many bits a "
         "value what has changed since the last average.",
     )

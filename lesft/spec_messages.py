@@ -13,6 +13,7 @@ from lesft.v1 import run_pb2, tensor_pb2
 _PREFIXES = {
     "activation_encoding": "ENCODING_",
     "gradient_encoding": "ENCODING_",
+    "inference_encoding": "ENCODING_",
     "adapter_encoding": "ADAPTER_ENCODING_",
     "token_weights": "TOKEN_WEIGHTS_",
     "clustering": "CLUSTERING_",

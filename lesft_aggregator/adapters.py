@@ -5,7 +5,7 @@ import math
 import numpy as np
 from safetensors import SafetensorError, deserialize
 
-from lesft.adapter_codec import Layout
+from lesft.adapter_codec import MAX_DIMENSIONS, Layout
 from lesft.bundle import check_header
 from lesft.errors import BundleError
 
@@ -37,6 +37,10 @@ def read_layout(data: bytes) -> Layout:
 def _check_tensor(name: str, dtype: str, shape: list[int], data: bytearray) -> None:
     if dtype != "F32":
         raise BundleError(f"tensor {shown(name)} must be float32 (F32), got {dtype}")
+    if len(shape) > MAX_DIMENSIONS:
+        raise BundleError(
+            f"tensor {shown(name)} may have {MAX_DIMENSIONS} dimensions, got {len(shape)}"
+        )
     if math.prod(shape) == 0:
         raise BundleError(f"tensor {shown(name)} has no elements: its shape is {shown(shape)}")
     if not np.isfinite(np.frombuffer(data, dtype="<f4")).all():

@@ -13,10 +13,12 @@ from datetime import datetime, timedelta, timezone
 from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 from safetensors.numpy import save
 
-from lesft.adapter_codec import decode, encode
+from lesft.adapter_codec import decode, decoded_bytes, encode
 from lesft.errors import (
+    HandshakeMismatch,
     InternalError,
     InvalidInput,
     LesftError,
@@ -192,12 +194,15 @@ class Rounds:
         base_version: int,
         data: bytes,
         encoding: AdapterEncoding = "raw",
+        base_crc32: int = 0,
     ) -> Receipt:
         """Keep a client's adapter. The same submission again gets its answer again.
 
-        Raises what `check` raises, BundleError for bytes that cannot be averaged, OutOfOrder for
-        other bytes than the client's earlier ones for the same version.
+        `base_crc32` says what it is a change to, where it is encoded as one. Raises what `check`
+        raises, HandshakeMismatch for a change to something else, BundleError for bytes that cannot
+        be averaged, OutOfOrder for other bytes than the client's earlier ones for the same version.
         """
+        self._check_base(client, base_version, encoding, base_crc32)
         return await self._to_its_end(self._submit(client, base_version, data, encoding))
 
     async def _submit(
@@ -244,6 +249,18 @@ class Rounds:
             sha256=hashlib.sha256(sent).hexdigest(),
             encoding=encoding,
         )
+
+    def _check_base(
+        self, client: Introduction, base_version: int, encoding: AdapterEncoding, crc32: int
+    ) -> None:
+        """A change to other values than ours would make others of it."""
+        base = self._store.adapter(base_version)
+        if encoding != "raw" and base is not None and base.values_crc32 != crc32:
+            raise HandshakeMismatch(
+                f"base_crc32: version {base_version} has {base.values_crc32:08x} here, "
+                f"{client.client_id!r} has {crc32:08x}: it is of another run of that name; start "
+                "the client with --fresh"
+            )
 
     async def wait_for_version(self, version: int) -> Adapter:
         """A published version, as soon as it is.
@@ -366,13 +383,12 @@ class Rounds:
         if others or encoding == "raw":
             return self._store.publish(version, parts, save(mean))
         # What the encoding makes of the mean is the version, for those, too, who get it whole.
-        base, layout_bytes = (
-            self._store.tensors(version - 1),
-            4 * sum(m.size for m in mean.values()),
-        )
+        base = self._store.tensors(version - 1)
         encoded = encode(mean, encoding, base)
-        published = save(decode(encoded, encoding, base, layout_bytes))
-        return self._store.publish(version, parts, published, encoding, encoded)
+        published = decode(encoded, encoding, base, decoded_bytes(mean))
+        if not all(np.isfinite(array).all() for array in published.values()):
+            return self._store.publish(version, parts, save(mean))  # too large to be told apart
+        return self._store.publish(version, parts, save(published), encoding, encoded)
 
     async def _when_there_is_room(self, write: Callable[[], T]) -> T:
         """Everything waits while the disk is full, and goes on by itself."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from lesft.bundle import CHUNK_BYTES, BundleReader, bundle_chunks, bundle_info
+from lesft.bundle import CHUNK_BYTES, BundleReader
 from lesft.errors import Busy, LesftError, OutOfOrder, TooLarge, Unreachable
 from lesft.identity.attestation import Verifier
 from lesft.identity.caller import check_acts_for_itself
@@ -98,7 +98,9 @@ class AggregationService(AggregationServiceServicer):
         with self._one_more_of(header.client_id), traced:
             async with self._intake.room(header.bundle.total_bytes):
                 data = await self._receive(header.client_id, header.bundle, requests)
-                return await self._rounds.submit(client, header.base_version, data, encoding)
+                return await self._rounds.submit(
+                    client, header.base_version, data, encoding, header.base_crc32
+                )
 
     @contextmanager
     def _one_more_of(self, client_id: str) -> Iterator[None]:
@@ -165,31 +167,34 @@ class AggregationService(AggregationServiceServicer):
         finally:
             waiting.cancel()
         sent = self._metrics.sent_bytes.labels(self._label(request.client_id))
-        for response in self._answer(adapter, request.held_version):
+        for response in self._answer(adapter, request):
             yield response
             sent.inc(len(response.chunk.data))
 
-    def _answer(self, adapter: Adapter, held_version: int) -> Iterator[pb.FetchResponse]:
+    def _answer(self, adapter: Adapter, request: pb.FetchRequest) -> Iterator[pb.FetchResponse]:
         """A version as the client can make use of it: what has changed, or all of it."""
-        encoded = None
-        if held_version == adapter.version - 1:
-            encoded = self._store.encoded(adapter.version)
-        info = BundleInfo(total_bytes=adapter.num_bytes, crc32=adapter.crc32)
+        encoding, path = adapter.encoding, self._store.encoded_path(adapter.version)
+        bundle = BundleInfo(total_bytes=adapter.encoded_bytes, crc32=adapter.encoded_crc32)
+        if encoding == "raw" or not self._has_the_one_before(request, adapter.version):
+            encoding, path = "raw", self._store.adapter_path(adapter.version)
+            bundle = BundleInfo(total_bytes=adapter.num_bytes, crc32=adapter.crc32)
         aggregate = pb.Aggregate(
             version=adapter.version,
             client_ids=adapter.client_ids,
             num_samples=adapter.num_samples,
-            bundle=info if encoded is None else bundle_info(encoded),
-            encoding=adapter_encoding_to_message("raw" if encoded is None else adapter.encoding),
+            bundle=bundle,
+            encoding=adapter_encoding_to_message(encoding),
         )
         yield pb.FetchResponse(aggregate=aggregate)
-        if encoded is not None:
-            yield from (pb.FetchResponse(chunk=chunk) for chunk in bundle_chunks(encoded))
-            return
-        with self._store.adapter_path(adapter.version).open("rb") as file:
-            for index, start in enumerate(range(0, adapter.num_bytes, CHUNK_BYTES)):
-                data = file.read(min(CHUNK_BYTES, adapter.num_bytes - start))
+        with path.open("rb") as file:
+            for index, start in enumerate(range(0, bundle.total_bytes, CHUNK_BYTES)):
+                data = file.read(min(CHUNK_BYTES, bundle.total_bytes - start))
                 yield pb.FetchResponse(chunk=Chunk(index=index, data=data))
+
+    def _has_the_one_before(self, request: pb.FetchRequest, version: int) -> bool:
+        before = self._store.adapter(version - 1)
+        crc32 = 0 if before is None else before.values_crc32
+        return (request.held_version, request.held_crc32) == (version - 1, crc32)
 
     async def _header(self, requests: AsyncIterator[pb.SubmitRequest]) -> pb.Submission:
         request = await self._next(requests)

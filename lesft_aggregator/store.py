@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import load_file
+from safetensors.numpy import load, load_file
 from sqlalchemy import create_engine, event, func, select
 from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.orm import Session
 
-from lesft.adapter_codec import FloatArray, Layout
+from lesft.adapter_codec import FloatArray, Layout, checksum
 from lesft.errors import InvalidInput
 from lesft.files import lock_folder, write_atomically
 from lesft.spec import AdapterEncoding
@@ -118,10 +118,9 @@ class Store:
         with self._session() as session:
             return session.scalars(query).all()
 
-    def encoded(self, version: int) -> bytes | None:
-        """The bundle of a published version for those who hold the one before it, if there is."""
-        with self._session() as session:
-            return session.scalar(select(Adapter.encoded).filter_by(version=version))
+    def encoded_path(self, version: int) -> Path:
+        """Where the bundle lies for those who hold the version before, if there is one."""
+        return self._adapters / f"{version:05}.encoded"
 
     def tensors(self, version: int) -> dict[str, FloatArray]:
         """A published version's; none of version 0."""
@@ -129,8 +128,9 @@ class Store:
 
     def adapter_bytes(self) -> int:
         """Size of all published versions."""
+        size = func.sum(Adapter.num_bytes + Adapter.encoded_bytes)
         with self._session() as session:
-            return session.scalar(select(func.sum(Adapter.num_bytes))) or 0
+            return session.scalar(select(size)) or 0
 
     def database_bytes(self) -> int:
         """Size of the database's files."""
@@ -189,7 +189,7 @@ class Store:
         averaged: Sequence[Submission],
         data: bytes,
         encoding: AdapterEncoding = "raw",
-        encoded: bytes | None = None,
+        encoded: bytes = b"",
     ) -> Adapter:
         """Keep a new version; the submissions that it averages lose their files afterwards.
 
@@ -204,9 +204,13 @@ class Store:
             crc32=zlib.crc32(data),
             num_bytes=len(data),
             encoding=encoding,
-            encoded=encoded,
+            encoded_bytes=len(encoded),
+            encoded_crc32=zlib.crc32(encoded),
+            values_crc32=checksum(load(data)),
             created=time.time(),
         )
+        if encoding != "raw":
+            write_atomically(self.encoded_path(version), encoded)
         write_atomically(self.adapter_path(version), data)
         with _full_disk_as_oserror(), self._session() as session, session.begin():
             session.add(adapter)
@@ -236,6 +240,11 @@ class Store:
         }
         published = self.adapters()
         keep |= {self.adapter_path(adapter.version): adapter.num_bytes for adapter in published}
+        keep |= {
+            self.encoded_path(adapter.version): adapter.encoded_bytes
+            for adapter in published
+            if adapter.encoding != "raw"
+        }
         for path, num_bytes in keep.items():
             if not path.is_file() or path.stat().st_size != num_bytes:
                 raise InvalidInput(

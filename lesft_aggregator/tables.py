@@ -72,7 +72,9 @@ class Adapter(Table):
     crc32: Mapped[int]
     num_bytes: Mapped[int]
     encoding: Mapped[AdapterEncoding]
-    """Of `encoded`; raw where there is none."""
-    encoded: Mapped[bytes | None] = mapped_column(deferred=True)
-    """The bundle for those who hold the version before; read by `Store.encoded` alone."""
+    """Of the bundle for those who hold the version before; raw where there is none."""
+    encoded_bytes: Mapped[int]
+    encoded_crc32: Mapped[int]
+    values_crc32: Mapped[int]
+    """Of the tensors, by which a client tells that it has the same."""
     created: Mapped[float]

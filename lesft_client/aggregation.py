@@ -7,7 +7,7 @@ from typing import TypeVar
 import grpc
 import torch
 
-from lesft.adapter_codec import FloatArray, decode, encode
+from lesft.adapter_codec import FloatArray, checksum, decode, decoded_bytes, encode
 from lesft.bundle import BundleReader, bundle_chunks, bundle_info
 from lesft.errors import BundleError, OutOfOrder, Unreachable
 from lesft.interceptors import remote_errors
@@ -101,10 +101,11 @@ class Aggregator:
         self, base: Average, state: Mapping[str, torch.Tensor], receipt: bytes = b""
     ) -> None:
         """Step 8: hand in this client's adapter, trained from `base`."""
+        ours = _arrays(base.tensors)
         if self._encoding == "raw":
             data = encode_tensors(state, "raw")
         else:
-            data = encode(_arrays(state), self._encoding, _arrays(base.tensors))
+            data = encode(_arrays(state), self._encoding, ours)
         submission = aggregation_pb2.Submission(
             client_id=self._client_id,
             run_id=self._run_id,
@@ -112,6 +113,7 @@ class Aggregator:
             num_samples=self._num_samples,
             bundle=bundle_info(data),
             encoding=adapter_encoding_to_message(self._encoding),
+            base_crc32=checksum(ours),
             receipt=receipt_pb2.Receipt.FromString(receipt) if receipt else None,
         )
 
@@ -133,11 +135,13 @@ class Aggregator:
         self, version: int, like: Mapping[str, torch.Tensor], base: Average = BEGINNING
     ) -> dict[str, torch.Tensor]:
         """Step 10: wait for a version of Θ̄, which must have the names and shapes of `like`."""
+        ours = _arrays(base.tensors)
         request = aggregation_pb2.FetchRequest(
             client_id=self._client_id,
             run_id=self._run_id,
             version=version,
-            held_version=base.version,
+            held_version=base.version if ours else 0,
+            held_crc32=checksum(ours),
         )
         expected = {
             name: TensorSpec(tuple(tensor.shape), (torch.float32,)) for name, tensor in like.items()
@@ -160,7 +164,7 @@ class Aggregator:
             self._on_waiting("")
         if encoding == "raw":
             return decode_tensors(data, expected)
-        arrays = decode(data, encoding, _arrays(base.tensors), max_bytes)
+        arrays = decode(data, encoding, ours, decoded_bytes(_arrays(like)))
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         check_tensors(tensors, expected)
         return tensors

@@ -144,7 +144,7 @@ class SplitSequence:
         hidden_QD = await context.decoder.activations(self, self._cache, new, tentative, kept)
         # Only now: the server keeps room from the opening on.
         stream = self._stream or await self._open()
-        encoding = context.spec.activation_encoding
+        encoding = context.spec.inference_encoding
         header, more = step_to_message(
             stream.next_index, hidden_QD, num_guesses, right_guesses, question, encoding
         )
@@ -171,7 +171,7 @@ class SplitSequence:
                 cut_layer=context.spec.cut_layer,
                 spec_fingerprint=half.spec_fingerprint if half else "",
                 rounds=half.rounds if half else 0,
-                activation_encoding=encoding_to_message(context.spec.activation_encoding),
+                activation_encoding=encoding_to_message(context.spec.inference_encoding),
                 capacity=self._capacity,
                 sampling=sampling_to_message(self._sampling),
                 top_logits=self._top_logits,

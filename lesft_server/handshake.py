@@ -72,7 +72,7 @@ def check_sequence(
     _check("cut_layer", spec.cut_layer, opening.cut_layer, "ask the server for its run")
     _check_front_fingerprint(spec, opening.front_fingerprint)
     theirs = encoding_name(opening.activation_encoding)
-    _check("activation_encoding", spec.activation_encoding, theirs, "ask the server for its run")
+    _check("inference_encoding", spec.inference_encoding, theirs, "ask the server for its run")
     untuned = not opening.spec_fingerprint
     if not untuned:
         _check(

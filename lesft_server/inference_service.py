@@ -117,7 +117,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 if request is None or request.WhichOneof("message") != "chunk":
                     raise BundleError(f"chunk {reader.next_index} of a bundle is missing")
                 reader.add(request.chunk)
-        size, encoding = config.hidden_size, self._spec.activation_encoding
+        size, encoding = config.hidden_size, self._spec.inference_encoding
         if step.tokens > LARGE_STEP:
             data = await asyncio.to_thread(reader.data)
             hidden_QD = await asyncio.to_thread(

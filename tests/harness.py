@@ -32,6 +32,12 @@ from tests import tiny_models
 from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
 
 CPU = torch.device("cpu")
+RAW: dict[str, Any] = {
+    "activation_encoding": "raw",
+    "gradient_encoding": "raw",
+    "adapter_encoding": "raw",
+}
+"""What is compared to the last bit with what never travelled."""
 
 _BUILDING = threading.Lock()
 """One model at a time: `init_empty_weights` changes torch for all threads meanwhile."""
@@ -68,6 +74,7 @@ def server_settings(model: Path, state: Path, **options: Any) -> ServerSettings:
         "aggregation_interval": 1,
         "max_length": 64,
         "seed": 7,
+        **RAW,
         "lora": {"dropout": 0.0},
         "optimizer": {"learning_rate": 1e-2},
     }

@@ -27,7 +27,7 @@ from lesft.v1 import receipt_pb2 as lesft_dot_v1_dot_receipt__pb2
 from lesft.v1 import tensor_pb2 as lesft_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1alesft/v1/aggregation.proto\x12\x08lesft.v1\x1a\x18lesft/v1/heartbeat.proto\x1a\x16lesft/v1/receipt.proto\x1a\x15lesft/v1/tensor.proto\"x\n\x0bJoinRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tclient_id\x18\x02 \x01(\t\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12\x13\n\x0bnum_samples\x18\x04 \x01(\x04\x12\x17\n\x0frun_fingerprint\x18\x05 \x01(\t\"K\n\x0cJoinResponse\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07\x63lients\x18\x02 \x01(\r\x12\x19\n\x11heartbeat_seconds\x18\x03 \x01(\x01\"h\n\rSubmitRequest\x12*\n\nsubmission\x18\x01 \x01(\x0b\x32\x14.lesft.v1.SubmissionH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.lesft.v1.ChunkH\x00\x42\t\n\x07message\"\xd1\x01\n\nSubmission\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x14\n\x0c\x62\x61se_version\x18\x03 \x01(\r\x12\x13\n\x0bnum_samples\x18\x04 \x01(\x04\x12$\n\x06\x62undle\x18\x05 \x01(\x0b\x32\x14.lesft.v1.BundleInfo\x12\"\n\x07receipt\x18\x06 \x01(\x0b\x32\x11.lesft.v1.Receipt\x12+\n\x08\x65ncoding\x18\x07 \x01(\x0e\x32\x19.lesft.v1.AdapterEncoding\"3\n\x0eSubmitResponse\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08received\x18\x02 \x01(\r\"X\n\x0c\x46\x65tchRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x14\n\x0cheld_version\x18\x04 \x01(\r\"\x90\x01\n\rFetchResponse\x12(\n\taggregate\x18\x01 \x01(\x0b\x32\x13.lesft.v1.AggregateH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.lesft.v1.ChunkH\x00\x12(\n\theartbeat\x18\x03 \x01(\x0b\x32\x13.lesft.v1.HeartbeatH\x00\x42\t\n\x07message\"\x98\x01\n\tAggregate\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nclient_ids\x18\x02 \x03(\t\x12\x13\n\x0bnum_samples\x18\x03 \x01(\x04\x12$\n\x06\x62undle\x18\x04 \x01(\x0b\x32\x14.lesft.v1.BundleInfo\x12+\n\x08\x65ncoding\x18\x05 \x01(\x0e\x32\x19.lesft.v1.AdapterEncoding2\xc6\x01\n\x12\x41ggregationService\x12\x35\n\x04Join\x12\x15.lesft.v1.JoinRequest\x1a\x16.lesft.v1.JoinResponse\x12=\n\x06Submit\x12\x17.lesft.v1.SubmitRequest\x1a\x18.lesft.v1.SubmitResponse(\x01\x12:\n\x05\x46\x65tch\x12\x16.lesft.v1.FetchRequest\x1a\x17.lesft.v1.FetchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1alesft/v1/aggregation.proto\x12\x08lesft.v1\x1a\x18lesft/v1/heartbeat.proto\x1a\x16lesft/v1/receipt.proto\x1a\x15lesft/v1/tensor.proto\"x\n\x0bJoinRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tclient_id\x18\x02 \x01(\t\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12\x13\n\x0bnum_samples\x18\x04 \x01(\x04\x12\x17\n\x0frun_fingerprint\x18\x05 \x01(\t\"K\n\x0cJoinResponse\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07\x63lients\x18\x02 \x01(\r\x12\x19\n\x11heartbeat_seconds\x18\x03 \x01(\x01\"h\n\rSubmitRequest\x12*\n\nsubmission\x18\x01 \x01(\x0b\x32\x14.lesft.v1.SubmissionH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.lesft.v1.ChunkH\x00\x42\t\n\x07message\"\xe5\x01\n\nSubmission\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x14\n\x0c\x62\x61se_version\x18\x03 \x01(\r\x12\x13\n\x0bnum_samples\x18\x04 \x01(\x04\x12$\n\x06\x62undle\x18\x05 \x01(\x0b\x32\x14.lesft.v1.BundleInfo\x12\"\n\x07receipt\x18\x06 \x01(\x0b\x32\x11.lesft.v1.Receipt\x12+\n\x08\x65ncoding\x18\x07 \x01(\x0e\x32\x19.lesft.v1.AdapterEncoding\x12\x12\n\nbase_crc32\x18\x08 \x01(\x07\"3\n\x0eSubmitResponse\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08received\x18\x02 \x01(\r\"l\n\x0c\x46\x65tchRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x14\n\x0cheld_version\x18\x04 \x01(\r\x12\x12\n\nheld_crc32\x18\x05 \x01(\x07\"\x90\x01\n\rFetchResponse\x12(\n\taggregate\x18\x01 \x01(\x0b\x32\x13.lesft.v1.AggregateH\x00\x12 \n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x0f.lesft.v1.ChunkH\x00\x12(\n\theartbeat\x18\x03 \x01(\x0b\x32\x13.lesft.v1.HeartbeatH\x00\x42\t\n\x07message\"\x98\x01\n\tAggregate\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nclient_ids\x18\x02 \x03(\t\x12\x13\n\x0bnum_samples\x18\x03 \x01(\x04\x12$\n\x06\x62undle\x18\x04 \x01(\x0b\x32\x14.lesft.v1.BundleInfo\x12+\n\x08\x65ncoding\x18\x05 \x01(\x0e\x32\x19.lesft.v1.AdapterEncoding2\xc6\x01\n\x12\x41ggregationService\x12\x35\n\x04Join\x12\x15.lesft.v1.JoinRequest\x1a\x16.lesft.v1.JoinResponse\x12=\n\x06Submit\x12\x17.lesft.v1.SubmitRequest\x1a\x18.lesft.v1.SubmitResponse(\x01\x12:\n\x05\x46\x65tch\x12\x16.lesft.v1.FetchRequest\x1a\x17.lesft.v1.FetchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,15 +41,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBMITREQUEST']._serialized_start=312
   _globals['_SUBMITREQUEST']._serialized_end=416
   _globals['_SUBMISSION']._serialized_start=419
-  _globals['_SUBMISSION']._serialized_end=628
-  _globals['_SUBMITRESPONSE']._serialized_start=630
-  _globals['_SUBMITRESPONSE']._serialized_end=681
-  _globals['_FETCHREQUEST']._serialized_start=683
-  _globals['_FETCHREQUEST']._serialized_end=771
-  _globals['_FETCHRESPONSE']._serialized_start=774
-  _globals['_FETCHRESPONSE']._serialized_end=918
-  _globals['_AGGREGATE']._serialized_start=921
-  _globals['_AGGREGATE']._serialized_end=1073
-  _globals['_AGGREGATIONSERVICE']._serialized_start=1076
-  _globals['_AGGREGATIONSERVICE']._serialized_end=1274
+  _globals['_SUBMISSION']._serialized_end=648
+  _globals['_SUBMITRESPONSE']._serialized_start=650
+  _globals['_SUBMITRESPONSE']._serialized_end=701
+  _globals['_FETCHREQUEST']._serialized_start=703
+  _globals['_FETCHREQUEST']._serialized_end=811
+  _globals['_FETCHRESPONSE']._serialized_start=814
+  _globals['_FETCHRESPONSE']._serialized_end=958
+  _globals['_AGGREGATE']._serialized_start=961
+  _globals['_AGGREGATE']._serialized_end=1113
+  _globals['_AGGREGATIONSERVICE']._serialized_start=1116
+  _globals['_AGGREGATIONSERVICE']._serialized_end=1314
 # @@protoc_insertion_point(module_scope)

@@ -138,6 +138,7 @@ class Submission(_message.Message):
     BUNDLE_FIELD_NUMBER: _builtins.int
     RECEIPT_FIELD_NUMBER: _builtins.int
     ENCODING_FIELD_NUMBER: _builtins.int
+    BASE_CRC32_FIELD_NUMBER: _builtins.int
     client_id: _builtins.str
     """Name of the client."""
     run_id: _builtins.str
@@ -148,6 +149,10 @@ class Submission(_message.Message):
     """Size of the client's data set |D_i| in samples: its weight in the mean."""
     encoding: _tensor_pb2.AdapterEncoding.ValueType
     """How the bundle is encoded; unspecified stands for raw."""
+    base_crc32: _builtins.int
+    """Not raw: CRC-32 of the base version's values, float32, in the order and with the zeros that
+    AdapterEncoding says; 0 where the base version is 0.
+    """
     @_builtins.property
     def bundle(self) -> _tensor_pb2.BundleInfo:
         """The bundle that follows."""
@@ -166,10 +171,11 @@ class Submission(_message.Message):
         bundle: _tensor_pb2.BundleInfo | None = ...,
         receipt: _receipt_pb2.Receipt | None = ...,
         encoding: _tensor_pb2.AdapterEncoding.ValueType = ...,
+        base_crc32: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_version", b"base_version", "bundle", b"bundle", "client_id", b"client_id", "encoding", b"encoding", "num_samples", b"num_samples", "receipt", b"receipt", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_crc32", b"base_crc32", "base_version", b"base_version", "bundle", b"bundle", "client_id", b"client_id", "encoding", b"encoding", "num_samples", b"num_samples", "receipt", b"receipt", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -211,6 +217,7 @@ class FetchRequest(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     HELD_VERSION_FIELD_NUMBER: _builtins.int
+    HELD_CRC32_FIELD_NUMBER: _builtins.int
     client_id: _builtins.str
     """Name of the client."""
     run_id: _builtins.str
@@ -219,6 +226,8 @@ class FetchRequest(_message.Message):
     """Version wanted, at least 1; the call waits until it is published."""
     held_version: _builtins.int
     """Version that the client has, to which a change can be added; 0 stands for none."""
+    held_crc32: _builtins.int
+    """CRC-32 of its values, as in Submission."""
     def __init__(
         self,
         *,
@@ -226,10 +235,11 @@ class FetchRequest(_message.Message):
         run_id: _builtins.str = ...,
         version: _builtins.int = ...,
         held_version: _builtins.int = ...,
+        held_crc32: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "held_version", b"held_version", "run_id", b"run_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "held_crc32", b"held_crc32", "held_version", b"held_version", "run_id", b"run_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

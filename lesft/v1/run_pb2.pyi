@@ -265,7 +265,7 @@ Global___OptimizerSpec: _TypeAlias = OptimizerSpec  # noqa: Y015
 @_typing.final
 class RunSpec(_message.Message):
     """One run, whole. The server holds it and hands it to every client; it never changes in mid-run.
-    Fields 20 to 29 are kept for label placement, 30 to 39 for inference.
+    Fields 20 to 29 are kept for label placement, 31 to 39 for inference.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -290,6 +290,7 @@ class RunSpec(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     QUORUM_FIELD_NUMBER: _builtins.int
     DEADLINE_SECONDS_FIELD_NUMBER: _builtins.int
+    INFERENCE_ENCODING_FIELD_NUMBER: _builtins.int
     TRAIN_FRONT_FIELD_NUMBER: _builtins.int
     AGGREGATE_FIELD_NUMBER: _builtins.int
     PERSONAL_LAYERS_FIELD_NUMBER: _builtins.int
@@ -316,7 +317,7 @@ class RunSpec(_message.Message):
     seed: _builtins.int
     """Seed of every random draw, below 2^63."""
     activation_encoding: _tensor_pb2.Encoding.ValueType
-    """How activations travel to the server."""
+    """How activations travel to the server in training."""
     gradient_encoding: _tensor_pb2.Encoding.ValueType
     """How gradients travel to the client."""
     adapter_encoding: _tensor_pb2.AdapterEncoding.ValueType
@@ -327,6 +328,8 @@ class RunSpec(_message.Message):
     """With a deadline: clients that suffice once it has passed; 0 stands for more than half."""
     deadline_seconds: _builtins.float
     """With a deadline: seconds from a step's first part until the quorum suffices."""
+    inference_encoding: _tensor_pb2.Encoding.ValueType
+    """How activations travel to the server when texts are written."""
     train_front: _builtins.bool
     """Whether clients train their layers. If not, results hold no gradients, and micro-batches name
     their samples; see MicroBatch.
@@ -372,13 +375,14 @@ class RunSpec(_message.Message):
         mode: Global___Mode.ValueType = ...,
         quorum: _builtins.int = ...,
         deadline_seconds: _builtins.float = ...,
+        inference_encoding: _tensor_pb2.Encoding.ValueType = ...,
         train_front: _builtins.bool = ...,
         aggregate: _builtins.bool = ...,
         personal_layers: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lora", b"lora", "loss", b"loss", "optimizer", b"optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accumulation", b"accumulation", "activation_encoding", b"activation_encoding", "adapter_encoding", b"adapter_encoding", "aggregate", b"aggregate", "aggregation_interval", b"aggregation_interval", "batch_size", b"batch_size", "clients", b"clients", "cut_layer", b"cut_layer", "deadline_seconds", b"deadline_seconds", "front_fingerprint", b"front_fingerprint", "gradient_encoding", b"gradient_encoding", "lora", b"lora", "loss", b"loss", "max_length", b"max_length", "mode", b"mode", "model_name", b"model_name", "optimizer", b"optimizer", "personal_layers", b"personal_layers", "quorum", b"quorum", "rounds", b"rounds", "run_id", b"run_id", "seed", b"seed", "train_front", b"train_front"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accumulation", b"accumulation", "activation_encoding", b"activation_encoding", "adapter_encoding", b"adapter_encoding", "aggregate", b"aggregate", "aggregation_interval", b"aggregation_interval", "batch_size", b"batch_size", "clients", b"clients", "cut_layer", b"cut_layer", "deadline_seconds", b"deadline_seconds", "front_fingerprint", b"front_fingerprint", "gradient_encoding", b"gradient_encoding", "inference_encoding", b"inference_encoding", "lora", b"lora", "loss", b"loss", "max_length", b"max_length", "mode", b"mode", "model_name", b"model_name", "optimizer", b"optimizer", "personal_layers", b"personal_layers", "quorum", b"quorum", "rounds", b"rounds", "run_id", b"run_id", "seed", b"seed", "train_front", b"train_front"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -84,7 +84,7 @@ class AdapterEncoding(_AdapterEncoding, metaclass=_AdapterEncodingEnumTypeWrappe
 
     Not raw, it is what has changed since a base version that both ends have: the differences of all
     tensors, in the order of their names' code points and row by row, as one vector, with zeros after
-    it to a multiple of 256. `scales` is float32 [K], one for each 256 values. `codes` is uint8 [M],
+    each tensor to a multiple of 256. `scales` is float32 [K], one for each 256 values. `codes` is uint8 [M],
     one DEFLATE stream (RFC 1951) of codes. Code times scale, plus the base, is a value; all in
     float32.
 

@@ -90,10 +90,14 @@ class Overhead:
 
 
 def options(bench: Bench, method: str) -> dict[str, Any]:
-    """Of the run of a method with one client, all of whose rounds are one interval."""
+    """Of the run of a method with one client, all of whose rounds are one interval.
+
+    Raw, so that all alternatives begin with the same loss.
+    """
     own = bench.settings.overhead
     rounds = own.skipped_rounds + own.rounds
-    return {"method": method, "clients": 1, "rounds": rounds, "aggregation_interval": rounds}
+    run = {"method": method, "clients": 1, "rounds": rounds, "aggregation_interval": rounds}
+    return {**run, "activation_encoding": "raw", "gradient_encoding": "raw"}
 
 
 def cached_options(bench: Bench) -> dict[str, Any]:

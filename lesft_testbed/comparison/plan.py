@@ -160,6 +160,9 @@ class _Planner:
             "server_threads": settings.server_threads,
             "client_threads": settings.client_threads,
             "weights": "local",
+            # What is compared are methods.
+            **dict.fromkeys(("activation_encoding", "gradient_encoding"), "raw"),
+            "adapter_encoding": "raw",
             **_flat("lora", settings.lora.model_dump(mode="json")),
             **_flat("optimizer", settings.optimizer.model_dump(mode="json")),
         }

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, load_file, save
 
-from lesft.adapter_codec import FloatArray, decode, encode
-from lesft.errors import BundleError, InvalidInput, LesftError, OutOfOrder
+from lesft.adapter_codec import FloatArray, checksum, decode, encode
+from lesft.errors import BundleError, HandshakeMismatch, InvalidInput, LesftError, OutOfOrder
 from lesft.spec import AdapterEncoding
 from lesft.spec_messages import adapter_encoding_to_message
 from lesft.v1 import tensor_pb2
@@ -50,7 +50,9 @@ async def submit(
     """Hand in; returns what the aggregator makes of it."""
     data = encode(state, encoding, base)
     number = adapter_encoding_to_message(encoding)
-    await caller.submit(name, data, base_version=version, encoding=number)
+    await caller.submit(
+        name, data, base_version=version, encoding=number, base_crc32=checksum(base)
+    )
     return decode(data, encoding, base, ENOUGH)
 
 
@@ -72,7 +74,9 @@ def test_all_have_the_same_versions_whole_or_from_changes(
                 await submit(caller, name, trained(begun, seed), encoding, version, held)
                 for name, seed in (("a", 1), ("b", 2))
             ]
-            header, bundle = await caller.fetch_bundle(version + 1, held_version=version)
+            header, bundle = await caller.fetch_bundle(
+                version + 1, held_version=version, held_crc32=checksum(held)
+            )
             assert header.encoding == adapter_encoding_to_message(encoding)
             now = decode(bundle, encoding, held, ENOUGH)
             # It is what the encoding makes of the mean of what it made of the submissions.
@@ -85,12 +89,13 @@ def test_all_have_the_same_versions_whole_or_from_changes(
     run_aggregator(settings_for(tmp_path), first)
 
     async def after_a_restart(aggregator: Aggregator, caller: Caller, addresses: Addresses) -> None:
-        for held_version in (0, 2, 7):  # of no use to a change from version 1 to version 2
-            header, tensors = await caller.fetch(2, held_version=held_version)
+        base = load_file(tmp_path / "adapters" / "00001.safetensors")
+        # Of no use to a change from version 1 to version 2: others, and another run's.
+        for version, crc32 in ((0, 0), (2, checksum(held)), (7, 1), (1, checksum(base) ^ 1)):
+            header, tensors = await caller.fetch(2, held_version=version, held_crc32=crc32)
             assert header.encoding == tensor_pb2.ADAPTER_ENCODING_RAW
             assert equal(tensors, held)
-        base = load_file(tmp_path / "adapters" / "00001.safetensors")
-        _, bundle = await caller.fetch_bundle(2, held_version=1)
+        _, bundle = await caller.fetch_bundle(2, held_version=1, held_crc32=checksum(base))
         assert equal(decode(bundle, encoding, base, ENOUGH), held)
         async with httpx.AsyncClient(base_url=f"http://{addresses['control']}") as client:
             file = await client.get("/v1/adapters/2/file")
@@ -140,6 +145,35 @@ def test_the_same_submission_gets_its_answer_again_and_another_one_is_a_fork(
     run_aggregator(settings_for(tmp_path), scenario)
 
 
+def test_a_change_to_another_runs_version_is_refused(tmp_path: Path) -> None:
+    async def scenario(aggregator: Aggregator, caller: Caller, addresses: Addresses) -> None:
+        await submit(caller, "a", make_tensors(1), "int8", 0, {})
+        await caller.fetch_bundle(1)
+        other = make_tensors(5)
+        error = await error_of(submit(caller, "a", trained(other, 2), "int8", 1, other))
+        assert type(error) is HandshakeMismatch
+        assert f"'a' has {checksum(other):08x}: it is of another run of that name" in str(error)
+
+    run_aggregator(settings_for(tmp_path, clients=1), scenario)
+
+
+def test_an_average_that_its_encoding_does_not_keep_finite_travels_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflowing(adapter: Tensors, encoding: AdapterEncoding, base: Tensors) -> bytes:
+        return with_infinities()
+
+    monkeypatch.setattr("lesft_aggregator.rounds.encode", overflowing)
+
+    async def scenario(aggregator: Aggregator, caller: Caller, addresses: Addresses) -> None:
+        sent = await submit(caller, "a", make_tensors(1), "int8", 0, {})
+        header, tensors = await caller.fetch(1)
+        assert header.encoding == tensor_pb2.ADAPTER_ENCODING_RAW
+        assert equal(tensors, sent)
+
+    run_aggregator(settings_for(tmp_path, clients=1), scenario)
+
+
 def with_infinities() -> bytes:
     tensors = load(encode(make_tensors(1), "int8", {}))
     tensors["scales"] = np.full_like(tensors["scales"], 3e38)
@@ -149,6 +183,7 @@ def with_infinities() -> bytes:
 REFUSED: list[tuple[bytes, dict[str, Any], type[LesftError], str]] = [
     (make_adapter(1), {"encoding": 2}, BundleError, "must hold codes (U8), layout (U8), scales"),
     (encode(make_tensors(1), "int8", {}), {}, BundleError, "must be float32 (F32), got U8"),
+    (save({"x": np.ones((1,) * 9, np.float32)}), {}, BundleError, "'x' may have 8 dimensions"),
     (with_infinities(), {"encoding": 2}, BundleError, "NaN or infinite"),
     (make_adapter(1), {"encoding": 77}, InvalidInput, "raw or int8 or int4, got number 77"),
 ]

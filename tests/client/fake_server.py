@@ -16,6 +16,7 @@ from lesft.micro_batch import MicroBatch, Path, StepKey, StepResult, Targets
 from lesft.spec import RunSpec
 from lesft.step_messages import Limits, result_to_message
 from lesft.v1 import heartbeat_pb2, training_pb2, training_pb2_grpc
+from tests.harness import RAW
 
 SECONDS = 20
 """How long a test waits for what is sure to come."""
@@ -25,6 +26,7 @@ SPEC = RunSpec(
     clients=1,
     rounds=9,
     accumulation=ACCUMULATION,
+    **RAW,
     model_name="fake",
     front_fingerprint="sha256:fake",
     cut_layer=1,

@@ -222,7 +222,7 @@ def two_clients(
             client_id=name,
             share=f"{number}/2",
             aggregator=aggregator,
-            run={"clients": 2, "lora": {"dropout": 0.0}, **run},
+            run={"clients": 2, "lora": {"dropout": 0.0}, "adapter_encoding": "raw", **run},
         )
         for number, name in enumerate("ab", start=1)
     ]

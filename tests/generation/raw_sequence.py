@@ -64,7 +64,7 @@ def opening(spec: RunSpec, **changes: Any) -> GenerateRequest:
         "protocol_version": PROTOCOL_VERSION,
         "front_fingerprint": spec.front_fingerprint,
         "cut_layer": spec.cut_layer,
-        "activation_encoding": encoding_to_message(spec.activation_encoding),
+        "activation_encoding": encoding_to_message(spec.inference_encoding),
         "capacity": 40,
         "sampling": sampling_to_message(GREEDY),
     }

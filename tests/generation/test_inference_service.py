@@ -263,17 +263,17 @@ BAD: dict[str, Bad] = {
     "another encoding": (
         open_with(activation_encoding=tensor_pb2.ENCODING_BF16),
         HandshakeMismatch,
-        "activation_encoding: server raw, client bf16; ask the server for its run",
+        "inference_encoding: server raw, client bf16; ask the server for its run",
     ),
     "no encoding": (
         open_with(activation_encoding=0),
         HandshakeMismatch,
-        "activation_encoding: server raw, client 0; ask the server for its run",
+        "inference_encoding: server raw, client 0; ask the server for its run",
     ),
     "an unknown encoding": (
         open_with(activation_encoding=77),
         HandshakeMismatch,
-        "activation_encoding: server raw, client 77; ask the server for its run",
+        "inference_encoding: server raw, client 77; ask the server for its run",
     ),
     "an adapter of another run": (
         open_with(spec_fingerprint="sha256:" + "0" * 64),

@@ -109,7 +109,7 @@ class ServerAttacks:
             protocol_version=PROTOCOL_VERSION,
             front_fingerprint=self._spec.front_fingerprint,
             cut_layer=self._spec.cut_layer,
-            activation_encoding=encoding_to_message(self._spec.activation_encoding),
+            activation_encoding=encoding_to_message(self._spec.inference_encoding),
             capacity=32,
             sampling=inference_pb2.Sampling(temperature=0, top_p=1, seed=1),
         )

@@ -52,6 +52,7 @@ from lesft_aggregator.admission import (
 from lesft_server.handshake import check_opening, check_sequence, resume_point
 from lesft_server.sample_store import SampleStore
 from tests.aggregator.harness import SHAPES, make_adapter, make_tensors
+from tests.harness import RAW
 from tests.hostile.lying_safetensors import lying_safetensors
 from tests.hostile.mutate import mutate_bytes, mutate_message
 from tests.server.harness import make_batch, opening, random_path, random_targets
@@ -64,6 +65,7 @@ SPEC = RunSpec(
     rounds=6,
     batch_size=2,
     max_length=64,
+    **RAW,
     model_name="tiny",
     front_fingerprint="sha256:" + "ab" * 32,
     cut_layer=1,
@@ -265,7 +267,7 @@ def sequence_opening(random: Random) -> None:
         protocol_version=PROTOCOL_VERSION,
         front_fingerprint=SPEC.front_fingerprint,
         cut_layer=SPEC.cut_layer,
-        activation_encoding=encoding_to_message(SPEC.activation_encoding),
+        activation_encoding=encoding_to_message(SPEC.inference_encoding),
         capacity=64,
         sampling=inference_pb2.Sampling(temperature=0.7, top_p=0.9, seed=3),
     )

@@ -8,6 +8,7 @@ from lesft_client.planning.link_speed import LinkSpeed
 from lesft_client.planning.memory import FrontShape, MemoryModel
 from lesft_client.planning.options import Conditions, MeasuredBack
 from lesft_client.planning.workload import Tokens, Workload
+from tests.harness import RAW
 
 MIB = 1 << 20
 
@@ -18,6 +19,7 @@ def run_spec(**changes: Any) -> RunSpec:
         "rounds": 10,
         "accumulation": 4,
         "aggregate": False,
+        **RAW,
         "loss": LossSpec(token_weights="uniform"),
         "model_name": "tiny",
         "front_fingerprint": "sha256:0",

@@ -18,6 +18,7 @@ from lesft.device import Precision
 from lesft.micro_batch import MicroBatch, Path, StepKey, Targets
 from lesft.spec import LossSpec, RunSpec
 from lesft.weights import Checkpoint, load_back
+from tests.harness import RAW
 from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
 
 SALIENT, SUB_SALIENT, IRRELEVANT = range(3)
@@ -184,6 +185,7 @@ def run_spec(**changes: object) -> RunSpec:
         "seed": 7,
         "model_name": "tiny",
         "front_fingerprint": "sha256:0",
+        **RAW,
         "lora": {"dropout": 0.0},
         "optimizer": {"learning_rate": 1e-2},
     }

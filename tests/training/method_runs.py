@@ -24,6 +24,7 @@ from lesft_client.trainer import Trainer
 from lesft_testbed.settings import RunSettings
 from tests.client.harness import running_aggregator
 from tests.harness import (
+    RAW,
     back_model,
     limits_of,
     make_front,
@@ -59,6 +60,7 @@ def settings_of(method: str, clients: int) -> RunSettings:
         "cut_layer": CUT,
         "max_length": 64,
         "seed": SEED,
+        **RAW,
         "lora": {"dropout": 0.0},
         "loss": {"salient_threshold": SALIENT, "cluster_similarity": SIMILARITY},
         "optimizer": {"learning_rate": LEARNING_RATE, "max_grad_norm": MAX_GRAD_NORM},

@@ -48,7 +48,8 @@ OTHER = RunSpec(
     deadline_seconds=0.5,
     activation_encoding="bf16",
     gradient_encoding="bf16",
-    adapter_encoding="int8",
+    inference_encoding="bf16",
+    adapter_encoding="int4",
     lora=LoraSpec(rank=3, alpha=0.1, dropout=0.3, target_modules=("q_proj", "v_proj")),
     loss=LossSpec(
         token_weights="uniform",
@@ -116,13 +117,13 @@ def test_every_choice_of_a_spec_is_a_choice_of_its_message(model: type[BaseModel
         choices = {prefix + choice.upper() for choice in get_args(annotation)}
         assert names == {f"{prefix}UNSPECIFIED", *choices}
         checked += 1
-    expected = {RunSpec: 4, LoraSpec: 0, LossSpec: 2, OptimizerSpec: 1}
+    expected = {RunSpec: 5, LoraSpec: 0, LossSpec: 2, OptimizerSpec: 1}
     assert checked == expected[model]
 
 
 def test_the_other_spec_differs_from_the_plain_one_in_every_field() -> None:
     plain, other = fields_of(PLAIN), OTHER_FIELDS
-    assert len(plain) == len(other) == 40
+    assert len(plain) == len(other) == 41
     assert [name for name in plain if plain[name] == other[name]] == []
 
 
@@ -163,6 +164,7 @@ specs = st.builds(
     seed=st.integers(0, 2**63 - 1),
     activation_encoding=encodings,
     gradient_encoding=encodings,
+    inference_encoding=encodings,
     adapter_encoding=st.sampled_from(["raw", "int8", "int4"]),
     lora=st.builds(
         LoraSpec,
