@@ -181,7 +181,7 @@ class RunOptions(_Spec):
     )
     gradient_encoding: Encoding = Field("int8", description="How gradients travel; raw is exact.")
     inference_encoding: Encoding = Field(
-        "raw", description="How activations travel when texts are written."
+        "raw", description="How activations travel when texts are written or scored; raw is exact."
     )
     adapter_encoding: AdapterEncoding = Field(
         "int8",

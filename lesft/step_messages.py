@@ -226,7 +226,8 @@ def micro_batch_from_message(
     paths = {"base": tuple(header.base_lengths)}
     if header.reference_lengths:
         paths["reference"] = tuple(header.reference_lengths)
-    tensors = _decode_samples(paths, tuple(header.target_lengths), data, limits, admit)
+    encoding = limits.spec.activation_encoding
+    tensors = _decode_samples(paths, tuple(header.target_lengths), data, encoding, limits, admit)
     return MicroBatch(
         key=key,
         base=Path(tensors["base"], paths["base"]),
@@ -242,7 +243,8 @@ def held_out_from_message(
 ) -> tuple[Path, Targets]:
     """The held-out samples of a checked header and its bundle; raises as for micro-batches."""
     base_lengths, target_lengths = tuple(header.base_lengths), tuple(header.target_lengths)
-    tensors = _decode_samples({"base": base_lengths}, target_lengths, data, limits, admit)
+    encoding, paths = limits.spec.inference_encoding, {"base": base_lengths}
+    tensors = _decode_samples(paths, target_lengths, data, encoding, limits, admit)
     return Path(tensors["base"], base_lengths), Targets(tensors["targets"], target_lengths)
 
 
@@ -250,13 +252,14 @@ def _decode_samples(
     paths: dict[str, tuple[int, ...]],
     target_lengths: tuple[int, ...],
     data: bytes,
+    encoding: Encoding,
     limits: Limits,
     admit: Admit,
 ) -> dict[str, torch.Tensor]:
     shapes = {name: (sum(lengths), limits.hidden_size) for name, lengths in paths.items()}
     targets = {"targets": TensorSpec((sum(target_lengths),), (torch.int32,))}
     others = targets if target_lengths else {}
-    tensors = decode_encoded(data, shapes, limits.spec.activation_encoding, others)
+    tensors = decode_encoded(data, shapes, encoding, others)
     for name in paths:
         check_magnitude(name, tensors[name])
         tensors[name] = admit(name, tensors[name])

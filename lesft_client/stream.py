@@ -116,14 +116,14 @@ class Stream:
                 self._wire.add("up", "other", item.ByteSize())
                 yield item
                 continue
-            encoding, began = self._limits.spec.activation_encoding, time.monotonic()
+            spec, began = self._limits.spec, time.monotonic()
             if isinstance(item, MicroBatch):
-                micro_batch, data = micro_batch_to_message(item, encoding)
+                micro_batch, data = micro_batch_to_message(item, spec.activation_encoding)
                 request = training_pb2.TrainRequest(micro_batch=micro_batch)
                 parts: dict[Kind, int] = bundle_parts(data)
             else:
                 held_out, data = held_out_to_message(
-                    held_out_index, item.base, item.targets, encoding
+                    held_out_index, item.base, item.targets, spec.inference_encoding
                 )
                 held_out_index += 1
                 request = training_pb2.TrainRequest(held_out=held_out)

@@ -329,7 +329,7 @@ class RunSpec(_message.Message):
     deadline_seconds: _builtins.float
     """With a deadline: seconds from a step's first part until the quorum suffices."""
     inference_encoding: _tensor_pb2.Encoding.ValueType
-    """How activations travel to the server when texts are written."""
+    """How activations travel to the server when texts are written or scored."""
     train_front: _builtins.bool
     """Whether clients train their layers. If not, results hold no gradients, and micro-batches name
     their samples; see MicroBatch.

@@ -148,7 +148,7 @@ def test_splitfrozen_sends_each_sample_once_returns_nothing_and_trains_the_back_
     model: Path, data: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    report = run(model, data, output, "--method=splitfrozen")
+    report = run(model, data, output, "--method=splitfrozen", "--activation-encoding=raw")
     assert logs(output) == {"server", "client-0", "client-1"}
     kinds = bytes_by_kind(report)
     assert (kinds["gradients"], kinds["adapters"], kinds["activations_reference"]) == (0, 0, 0)

@@ -120,8 +120,10 @@ def test_held_out_samples_come_back_as_they_were(encoding: Encoding) -> None:
     header, data = held_out_to_message(5, batch.base, batch.targets, encoding)
     header = training_pb2.HeldOut.FromString(header.SerializeToString())
     assert (header.index, header.bundle) == (5, bundle_info(data))
-    check_lengths(header, limits(encoding))
-    base, targets = held_out_from_message(header, data, limits(encoding))
+    check_lengths(header, limits(encoding, inference_encoding=encoding))
+    base, targets = held_out_from_message(
+        header, data, limits(encoding, inference_encoding=encoding)
+    )
     assert base.lengths == BASE
     assert_same(base.activations_ND, rounded(batch.base.activations_ND, encoding))
     assert targets.lengths == TARGET
