@@ -131,7 +131,7 @@ def _flat(adapter: Mapping[str, FloatArray]) -> FloatArray:
 
 
 def _padded(size: int) -> int:
-    return math.ceil(size / _BLOCK) * _BLOCK
+    return -(-size // _BLOCK) * _BLOCK
 
 
 def _shaped(values_N: FloatArray, layout: Layout) -> dict[str, FloatArray]:
