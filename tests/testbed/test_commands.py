@@ -36,6 +36,7 @@ SETTINGS = RunSettings(
     activation_encoding="bf16",
     gradient_encoding="bf16",
     adapter_encoding="int4",
+    inference_encoding="bf16",
     lora=LoraSpec(rank=4, alpha=12.5, dropout=0.1, target_modules=("q_proj", "v_proj")),
     loss=LossSpec(
         token_weights="uniform",
