@@ -18,10 +18,9 @@ from typing import Annotated
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field, TypeAdapter, ValidationError
-from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
-from lesft.bundle import check_header
+from lesft.bundle import tensor_views
 from lesft.entropy import deflate, inflate
 from lesft.errors import BundleError, TooLarge
 from lesft.spec import AdapterEncoding
@@ -177,11 +176,7 @@ def _bytes(data: bytes) -> npt.NDArray[np.uint8]:
 
 
 def _read(data: bytes, dtypes: Mapping[str, str]) -> dict[str, bytearray]:
-    check_header("adapter", data, _MAX_HEADER_BYTES)
-    try:
-        tensors = dict(deserialize(data))  # type: ignore[no-untyped-call]
-    except SafetensorError as error:
-        raise BundleError(f"adapter is no safetensors byte string: {error}") from None
+    tensors = tensor_views("adapter", data, _MAX_HEADER_BYTES)
     found = {name: tensor["dtype"] for name, tensor in tensors.items()}
     if found != dtypes:
         expected = ", ".join(f"{name} ({dtype})" for name, dtype in sorted(dtypes.items()))

@@ -1,11 +1,14 @@
 """Bundles on the wire: a byte string in numbered chunks with a length and a checksum.
 
-What the bytes mean (safetensors) is checked by their reader; see `lesft.tensors` and the
-aggregator's store. Loads no torch.
+What the tensors must be is checked by their reader; see `lesft.tensors`, `lesft.adapter_codec` and
+the aggregator's `adapters`. Loads no torch.
 """
 
 import zlib
 from collections.abc import Iterator
+from typing import Any
+
+from safetensors import SafetensorError, deserialize
 
 from lesft.errors import BundleError, TooLarge
 from lesft.v1.tensor_pb2 import BundleInfo, Chunk
@@ -17,18 +20,22 @@ MIN_BUNDLE_BYTES = 8
 """The smallest safetensors byte string is its 8-byte header length."""
 
 
-def check_header(what: str, data: bytes, max_bytes: int) -> None:
-    """Refuse a safetensors header of more than `max_bytes` before anything reads it.
+def tensor_views(what: str, data: bytes, max_header_bytes: int) -> dict[str, dict[str, Any]]:
+    """Dtype, shape and data of each tensor of safetensors bytes, by name.
 
-    A header of many empty tensors takes 20 times its size in memory once it is read. Raises
-    BundleError.
+    A header of more than `max_header_bytes` is refused before anything reads it: one of many empty
+    tensors takes 20 times its size in memory. Raises BundleError, which begins with `what`.
     """
     length = int.from_bytes(data[:8], "little")
-    if length > max_bytes:
+    if length > max_header_bytes:
         raise BundleError(
             f"{what} is no safetensors byte string: its header has {length} bytes, but at most "
-            f"{max_bytes} are allowed here"
+            f"{max_header_bytes} are allowed here"
         )
+    try:
+        return dict(deserialize(data))  # type: ignore[no-untyped-call]
+    except SafetensorError as error:
+        raise BundleError(f"{what} is no safetensors byte string: {error}") from None
 
 
 def bundle_info(data: bytes) -> BundleInfo:

@@ -154,22 +154,22 @@ def grouped(parts: Sequence[Part], most_tokens: int) -> list[list[Part]]:
 
 
 def _longest(part: Part) -> int:
-    return max(length for path in _paths(part) for length in path.lengths)
+    return max(length for path in _lengths([part]) for length in path)
 
 
 def _padded_tokens(parts: Sequence[Part]) -> int:
     """Of the larger of both paths' batches."""
-    lengths: dict[str, list[int]] = {"base": [], "reference": []}
-    for part in parts:
-        lengths["base"] += part.micro_batch.base.lengths
-        if part.micro_batch.reference is not None:
-            lengths["reference"] += part.micro_batch.reference.lengths
-    return max(len(path) * max(path, default=0) for path in lengths.values())
+    return max(len(path) * max(path, default=0) for path in _lengths(parts))
 
 
-def _paths(part: Part) -> list[Path]:
-    base, reference = part.micro_batch.base, part.micro_batch.reference
-    return [base] if reference is None else [base, reference]
+def _lengths(parts: Sequence[Part]) -> tuple[list[int], list[int]]:
+    """Of all sequences of the base path, and of the reference path."""
+    batches = [part.micro_batch for part in parts]
+    references = [batch.reference for batch in batches if batch.reference is not None]
+    return (
+        [length for batch in batches for length in batch.base.lengths],
+        [length for path in references for length in path.lengths],
+    )
 
 
 def remember(parts: Sequence[Part], log_probs_T: torch.Tensor) -> None:

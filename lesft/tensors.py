@@ -7,10 +7,9 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, deserialize
 from safetensors.torch import load, save
 
-from lesft.bundle import check_header
+from lesft.bundle import tensor_views
 from lesft.entropy import deflate, inflate
 from lesft.errors import BundleError
 from lesft.quantization import QUANTIZED, Part, dequantize, layout, quantize
@@ -141,11 +140,7 @@ def decode_tensors(data: bytes, expected: Mapping[str, TensorSpec]) -> dict[str,
     Raises BundleError unless the bundle holds exactly the expected names with an expected dtype
     and shape, and only finite numbers.
     """
-    check_header("bundle", data, HEADER_BYTES + _ENTRY_BYTES * len(expected))
-    try:
-        views = dict(deserialize(data))  # type: ignore[no-untyped-call]
-    except SafetensorError as error:
-        raise BundleError(f"bundle is no safetensors byte string: {error}") from None
+    views = tensor_views("bundle", data, HEADER_BYTES + _ENTRY_BYTES * len(expected))
     _check_names(views, expected)
     # Nothing becomes a tensor before its dtype and shape are known to be as expected.
     tensors = {name: _decoded(name, views[name], spec) for name, spec in expected.items()}

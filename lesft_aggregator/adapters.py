@@ -3,10 +3,9 @@
 import math
 
 import numpy as np
-from safetensors import SafetensorError, deserialize
 
 from lesft.adapter_codec import MAX_DIMENSIONS, Layout
-from lesft.bundle import check_header
+from lesft.bundle import tensor_views
 from lesft.errors import BundleError
 
 _ENTRY_BYTES, _HEADER_BYTES = 256, 65536
@@ -22,16 +21,12 @@ def read_layout(data: bytes) -> Layout:
     Raises BundleError when they are no safetensors, hold nothing, or hold anything but finite
     float32 numbers.
     """
-    check_header("adapter", data, MAX_HEADER_BYTES)
-    try:
-        tensors = deserialize(data)  # type: ignore[no-untyped-call]
-    except SafetensorError as error:
-        raise BundleError(f"adapter is no safetensors byte string: {error}") from None
+    tensors = tensor_views("adapter", data, MAX_HEADER_BYTES)
     if not tensors:
         raise BundleError("adapter holds no tensors: submit every LoRA tensor of the front")
-    for name, tensor in tensors:
+    for name, tensor in tensors.items():
         _check_tensor(name, tensor["dtype"], tensor["shape"], tensor["data"])
-    return {name: tuple(tensor["shape"]) for name, tensor in tensors}
+    return {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
 
 
 def _check_tensor(name: str, dtype: str, shape: list[int], data: bytearray) -> None:

@@ -8,6 +8,9 @@ from lesft.errors import DataError, ModelError
 from lesft.spec import RunSpec
 from lesft_client.data import EncodedSample, Sample, Split, encode_samples
 
+SERVERS_OPTION = "which its server sets by --max-length"
+"""Where the limit of a split run is set."""
+
 
 def encode_for_run(
     samples: Sequence[Sample],
@@ -48,7 +51,3 @@ def check_vocabulary(
             f"--model {model}: its tokenizer gives token {largest}, but the run's model knows "
             f"{vocab_size} tokens only: use the tokenizer of {spec.model_name}"
         )
-
-
-SERVERS_OPTION = "which its server sets by --max-length"
-"""Where the limit of a split run is set."""
