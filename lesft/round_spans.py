@@ -27,7 +27,7 @@ Unit = tuple[str, int]
 class RoundSpans:
     """Makes spans and hands them to a processor.
 
-    Each is started and ended in one go, afterwards: none is ever the current one, so it does not
+    Each is started and ended in one call, afterwards: none is ever the current one, so it does not
     matter which thread or coroutine the work was done by.
     """
 
@@ -46,10 +46,11 @@ class RoundSpans:
         name: str,
         unit: Unit,
         started_ns: int,
+        ended_ns: int,
         link_to: Unit | None,
         attributes: Mapping[str, str | int | float | bool],
     ) -> None:
-        """A span of a unit's trace that ends now."""
+        """A span of a unit's trace."""
         parent = set_span_in_context(NonRecordingSpan(_context(unit)), Context())
         self._tracer.start_span(
             name,
@@ -57,7 +58,7 @@ class RoundSpans:
             attributes=attributes,
             links=[Link(_context(link_to))] if link_to else [],
             start_time=started_ns,
-        ).end()
+        ).end(ended_ns)
 
     def record_whole(
         self,

@@ -88,7 +88,7 @@ def span(
     try:
         yield
     finally:
-        record_span(name, run, number, started_ns, link_to, **attributes)
+        record_span(name, run, number, started_ns, time.time_ns(), link_to, **attributes)
 
 
 def record_span(
@@ -96,12 +96,13 @@ def record_span(
     run: str,
     number: int,
     started_ns: int,
+    ended_ns: int,
     link_to: tuple[str, int] | None = None,
     **attributes: Attribute,
 ) -> None:
-    """As `span`, for what began at `started_ns` of `time.time_ns` and ends now."""
+    """As `span`, for what is over; times are of `time.time_ns`."""
     if _spans is not None:
-        _spans.record(name, (run, number), started_ns, link_to, _named(attributes))
+        _spans.record(name, (run, number), started_ns, ended_ns, link_to, _named(attributes))
 
 
 def record_whole(

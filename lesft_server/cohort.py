@@ -146,9 +146,6 @@ class Cohort:
         self._journal = journal
         self._adapter_file = adapter_file
         self._clock = clock
-        self._under_way = 0
-        """Steps that have begun and are not kept yet."""
-        self._idle_since = time.monotonic()
         self._steps: dict[StepKey, _Step] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._window: list[tuple[Sequence[float], list[StepResult]]] = []
@@ -321,12 +318,7 @@ class Cohort:
         """In a task of its own: the step must not end with the call of whoever came last."""
         self._drop_timer(step)
         step.move(StepState.STEPPING)
-        # Where the model was busy meanwhile, nothing was lost by waiting.
         step.complete = time.monotonic()
-        idle_since = max(step.collecting_since, self._idle_since)
-        since = step.complete if self._under_way else idle_since
-        self._clock.since("cohort_wait", step.key.round, since)
-        self._under_way += 1
         step.shares = self._run.shares(step.parts)
         late = self._expected(step.key) - step.parts.keys()
         if late:
@@ -381,8 +373,6 @@ class Cohort:
             self._run.stop(str(error))  # ends every call that waits for this step
             return
         step.move(StepState.KEPT)
-        self._under_way -= 1
-        self._idle_since = time.monotonic()
         self.next_key = key.following(self._run.spec.accumulation)
         del self._steps[key]
         for part in step.parts.values():
@@ -408,9 +398,10 @@ class Cohort:
             with self._clock.phase("back", key.round, micro=key.micro, clients=len(parts)):
                 results = self._back.train_step(key, parts)
             times = StepTimes(began, time.monotonic())
-            self._account.step(
+            waited = self._account.step(
                 key.micro == 0, step.collecting_since, step.complete, times.began, times.ended
             )
+            self._clock.between("cohort_wait", key.round, *waited)
             return results, times, self._back.state() if self._checkpoint_is_due(key) else None
 
         results, times, tensors = await self._device.run(train)

@@ -52,8 +52,11 @@ class DeviceAccount:
         complete: float,
         began: float,
         ended: float,
-    ) -> None:
-        """A step whose parts came from `first_part` to `complete`, and that ran from `began` on."""
+    ) -> tuple[float, float]:
+        """A step whose parts came from `first_part` to `complete`, and that ran from `began` on.
+
+        Returns from when to when the model waited for parts, having some.
+        """
         with self._lock:
             moment = self._until if self._until is not None else first_part
             ends = {
@@ -63,12 +66,15 @@ class DeviceAccount:
                 "queue": began,
                 "back": ended,
             }
+            spans: dict[State, tuple[float, float]] = {}
             for state in STATES:
                 end = max(moment, ends[state])
                 self._round[state] += end - moment
                 self.counter.labels(state).inc(end - moment)
+                spans[state] = moment, end
                 moment = end
             self._until = moment
+            return spans["cohort_wait"]
 
     def round_done(self) -> dict[str, float]:
         """Seconds by state since the round before was done."""

@@ -34,32 +34,33 @@ class StepClock:
     @contextmanager
     def phase(self, phase: Phase, round_index: int, **attributes: Attribute) -> Iterator[None]:
         """The block as a phase; one that fails counts, too."""
-        started, started_ns = time.monotonic(), time.time_ns()
+        started = time.monotonic()
         try:
             yield
         finally:
-            self._note(phase, round_index, started, started_ns, attributes)
+            self.since(phase, round_index, started, **attributes)
 
     def since(
         self, phase: Phase, round_index: int, started: float, **attributes: Attribute
     ) -> None:
         """A phase that began at `started` of `time.monotonic` and ends now."""
-        started_ns = time.time_ns() - int((time.monotonic() - started) * 1e9)
-        self._note(phase, round_index, started, started_ns, attributes)
+        self.between(phase, round_index, started, time.monotonic(), **attributes)
+
+    def between(
+        self, phase: Phase, round_index: int, started: float, ended: float, **attributes: Attribute
+    ) -> None:
+        """A phase that is over; times are of `time.monotonic`."""
+        self.seconds.labels(phase).observe(ended - started)
+        attributes = {"round": round_index, **attributes}
+        started_ns, ended_ns = _wall_ns(started), _wall_ns(ended)
+        record_span(phase, self._run, round_index, started_ns, ended_ns, None, **attributes)
 
     def round_done(self, round_index: int, seconds: float) -> None:
         """The round itself, of which the phases are parts."""
         started_ns = time.time_ns() - int(seconds * 1e9)
         record_whole("round", self._run, round_index, started_ns, round=round_index)
 
-    def _note(
-        self,
-        phase: Phase,
-        round_index: int,
-        started: float,
-        started_ns: int,
-        attributes: dict[str, Attribute],
-    ) -> None:
-        self.seconds.labels(phase).observe(time.monotonic() - started)
-        attributes = {"round": round_index, **attributes}
-        record_span(phase, self._run, round_index, started_ns, None, **attributes)
+
+def _wall_ns(moment: float) -> int:
+    """A moment of `time.monotonic` as one of `time.time_ns`."""
+    return time.time_ns() - int((time.monotonic() - moment) * 1e9)

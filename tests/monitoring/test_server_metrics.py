@@ -136,6 +136,8 @@ def test_every_phase_of_every_step_is_timed(model: Path, server: RunningServer) 
     assert 0 < seconds["back"] < took
     assert 0 < seconds["checkpoint"] < took
     assert seconds["checkpoint"] > scraped.value("lesft_server_checkpoint_seconds") > 0
+    states = scraped.series("lesft_server_device_seconds_total", "state")
+    assert seconds["cohort_wait"] == pytest.approx(states["cohort_wait"]) != 0
 
 
 def phase_counts(scraped: Scraped) -> dict[str, float]:

@@ -88,7 +88,7 @@ def test_processes_name_the_same_trace_by_themselves_and_others_for_other_rounds
     def recorded(service: str, unit: tuple[str, int], link_to: tuple[str, int]) -> ReadableSpan:
         exporter = InMemorySpanExporter()
         spans = RoundSpans(SimpleSpanProcessor(exporter), service)
-        spans.record("a step", unit, 1, link_to, {})
+        spans.record("a step", unit, 1, 3, link_to, {})
         spans.shutdown()
         (span,) = exporter.get_finished_spans()
         return span
@@ -98,6 +98,7 @@ def test_processes_name_the_same_trace_by_themselves_and_others_for_other_rounds
     assert server.context.trace_id == client.context.trace_id
     assert server.parent == client.parent
     assert server.context.span_id != client.context.span_id
+    assert (server.start_time, server.end_time) == (1, 3)
     assert server.resource.attributes["service.name"] == "lesft-server"
 
     others = [recorded("x", unit, ("lesft", 1)) for unit in (("sha256:a", 4), ("sha256:b", 3))]

@@ -15,7 +15,8 @@ def test_the_states_between_two_steps_add_up_to_the_time_between_them() -> None:
     account.step(True, first_part=10.0, complete=12.0, began=12.5, ended=15.0)
     assert seconds(account) == {"cohort_wait": 2.0, "queue": 0.5, "back": 2.5}
     account.kept(16.0)
-    account.step(True, first_part=17.0, complete=20.0, began=20.25, ended=22.0)
+    waited = account.step(True, first_part=17.0, complete=20.0, began=20.25, ended=22.0)
+    assert waited == (17.0, 20.0)
     expected = {"keep": 1.0, "idle": 1.0, "cohort_wait": 3.0, "queue": 0.25, "back": 1.75}
     assert seconds(account) == expected
     assert sum(expected.values()) == 22.0 - 15.0
@@ -27,7 +28,8 @@ def test_what_came_while_the_model_was_busy_was_not_waited_for() -> None:
     account.begin(0.0)
     account.step(True, first_part=0.0, complete=1.0, began=1.0, ended=5.0)
     account.kept(6.0)  # within a round the next step need not wait for it
-    account.step(False, first_part=2.0, complete=4.0, began=5.0, ended=8.0)
+    waited = account.step(False, first_part=2.0, complete=4.0, began=5.0, ended=8.0)
+    assert waited == (5.0, 5.0)
     assert seconds(account) == {"cohort_wait": 1.0, "back": 7.0}
     account.step(True, first_part=7.0, complete=7.5, began=9.0, ended=10.0)
     assert seconds(account) == {"queue": 1.0, "back": 1.0}
