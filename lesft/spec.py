@@ -17,7 +17,7 @@ Encoding = Literal["raw", "bf16", "int8", "int4"]
 AdapterEncoding = Literal["raw", "int8", "int4"]
 """How adapters travel: as they are, or as their change since the last average; `adapter_codec`."""
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 """What a client's name may be."""

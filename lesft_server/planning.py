@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lesft.errors import Busy, HandshakeMismatch, InvalidInput, NotAllowed, OutOfOrder
 from lesft.files import write_atomically
 from lesft.quantization import QUANTIZED, layout
-from lesft.spec import Encoding
-from lesft.spec_messages import encoding_name
+from lesft.spec import AdapterEncoding, Encoding
+from lesft.spec_messages import adapter_encoding, encoding_name
 from lesft.split import check_cut_layer, check_personal_layers, default_cut_layer
 from lesft.step_messages import Limits, check_lengths
 from lesft.v1 import model_pb2, training_pb2
@@ -36,6 +36,7 @@ class AcceptedPlan(BaseModel):
     cut_layer: int = Field(ge=1)
     activation_encoding: Encoding
     gradient_encoding: Encoding
+    adapter_encoding: AdapterEncoding
 
 
 class Planning:
@@ -152,6 +153,7 @@ class Planning:
                     "cut_layer": cut,
                     "activation_encoding": encoding_name(request.activation_encoding),
                     "gradient_encoding": encoding_name(request.gradient_encoding),
+                    "adapter_encoding": adapter_encoding(request.adapter_encoding),
                 }
             )
         except ValidationError as error:

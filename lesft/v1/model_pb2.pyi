@@ -372,6 +372,7 @@ class ApplyPlanRequest(_message.Message):
     CUT_LAYER_FIELD_NUMBER: _builtins.int
     ACTIVATION_ENCODING_FIELD_NUMBER: _builtins.int
     GRADIENT_ENCODING_FIELD_NUMBER: _builtins.int
+    ADAPTER_ENCODING_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Version of this protocol that the client speaks."""
     spec_fingerprint: _builtins.str
@@ -382,6 +383,8 @@ class ApplyPlanRequest(_message.Message):
     """How activations travel to the server."""
     gradient_encoding: _tensor_pb2.Encoding.ValueType
     """How gradients travel to the client."""
+    adapter_encoding: _tensor_pb2.AdapterEncoding.ValueType
+    """How adapters travel to and from the aggregator."""
     def __init__(
         self,
         *,
@@ -390,10 +393,11 @@ class ApplyPlanRequest(_message.Message):
         cut_layer: _builtins.int = ...,
         activation_encoding: _tensor_pb2.Encoding.ValueType = ...,
         gradient_encoding: _tensor_pb2.Encoding.ValueType = ...,
+        adapter_encoding: _tensor_pb2.AdapterEncoding.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_encoding", b"activation_encoding", "cut_layer", b"cut_layer", "gradient_encoding", b"gradient_encoding", "protocol_version", b"protocol_version", "spec_fingerprint", b"spec_fingerprint"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_encoding", b"activation_encoding", "adapter_encoding", b"adapter_encoding", "cut_layer", b"cut_layer", "gradient_encoding", b"gradient_encoding", "protocol_version", b"protocol_version", "spec_fingerprint", b"spec_fingerprint"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -13,7 +13,11 @@ from lesft.errors import Busy, InvalidInput, LesftError, Unreachable
 from lesft.files import write_atomically
 from lesft.interceptors import remote_errors
 from lesft.spec import PROTOCOL_VERSION, RunSpec
-from lesft.spec_messages import encoding_to_message, spec_from_message
+from lesft.spec_messages import (
+    adapter_encoding_to_message,
+    encoding_to_message,
+    spec_from_message,
+)
 from lesft.v1 import model_pb2, model_pb2_grpc
 from lesft.weights import parse_config
 from lesft.wire import WireCounter
@@ -199,6 +203,7 @@ def _apply(made: Plan, settings: PlanSettings, connector: Connector) -> str:
         cut_layer=best.cut_layer,
         activation_encoding=encoding_to_message(best.activation_encoding),
         gradient_encoding=encoding_to_message(best.gradient_encoding),
+        adapter_encoding=adapter_encoding_to_message(best.adapter_encoding),
     )
     with connector.open() as channel, remote_errors(party):
         model_pb2_grpc.ModelServiceStub(channel).ApplyPlan(request)
@@ -216,8 +221,5 @@ def _apply(made: Plan, settings: PlanSettings, connector: Connector) -> str:
 
 
 def _is_of(option: Option, spec: RunSpec) -> bool:
-    return (option.cut_layer, option.activation_encoding, option.gradient_encoding) == (
-        spec.cut_layer,
-        spec.activation_encoding,
-        spec.gradient_encoding,
-    )
+    names = ("cut_layer", "activation_encoding", "gradient_encoding", "adapter_encoding")
+    return all(getattr(option, name) == getattr(spec, name) for name in names)

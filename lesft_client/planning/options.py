@@ -7,7 +7,7 @@ from typing import get_args
 from pydantic import BaseModel, ConfigDict
 
 from lesft.adapter_codec import most_bytes_per_value
-from lesft.spec import Encoding, RunSpec
+from lesft.spec import AdapterEncoding, Encoding, RunSpec
 from lesft.split import default_cut_layer
 from lesft.tensors import encoded_bytes
 from lesft_client.planning.device_speed import DeviceSpeed
@@ -64,6 +64,7 @@ class Option(BaseModel):
     cut_layer: int
     activation_encoding: Encoding
     gradient_encoding: Encoding
+    adapter_encoding: AdapterEncoding
     memory_mib: float
     device_seconds: float
     up_seconds: float
@@ -78,12 +79,16 @@ class Option(BaseModel):
 
 
 def option(
-    conditions: Conditions, cut_layer: int, activations: Encoding, gradients: Encoding
+    conditions: Conditions,
+    cut_layer: int,
+    activations: Encoding,
+    gradients: Encoding,
+    adapters: AdapterEncoding,
 ) -> Option:
     """What a cut comes to with these encodings."""
     spec, link = conditions.spec, conditions.link
     up_bytes, down_bytes = _micro_batch_bytes(conditions, activations, gradients)
-    adapter_bytes = _adapter_bytes(conditions, cut_layer)
+    adapter_bytes = _adapter_bytes(conditions, cut_layer, adapters)
     stages = _stages(conditions, cut_layer, up_bytes, down_bytes, adapter_bytes)
     busy = stages.busy(spec.accumulation, conditions.in_flight)
     memory_mib = conditions.memory.mib(cut_layer, conditions.workload, spec.train_front)
@@ -91,6 +96,7 @@ def option(
         cut_layer=cut_layer,
         activation_encoding=activations,
         gradient_encoding=gradients,
+        adapter_encoding=adapters,
         memory_mib=memory_mib,
         device_seconds=busy["device"],
         up_seconds=busy["uplink"] + adapter_bytes / link.up_bytes_per_second,
@@ -109,17 +115,29 @@ def best_option(conditions: Conditions, cut_layer: int) -> Option:
     """A cut with the least lean encodings with which the link does not hold the step up.
 
     Leaner ones would round more to no purpose; the leanest where the link does all the same.
+    Nothing else is done while adapters travel: they go leaner for as long as that shortens a step.
     """
     usable = _leaner_and_leaner(conditions)
+    first, *leaner = _adapter_encodings(conditions.spec)
     up, down = 0, 0
     while True:
-        chosen = option(conditions, cut_layer, usable[up], usable[down])
+        chosen = option(conditions, cut_layer, usable[up], usable[down], first)
         if chosen.bottleneck == "uplink" and up + 1 < len(usable):
             up += 1
         elif chosen.bottleneck == "downlink" and down + 1 < len(usable):
             down += 1
         else:
-            return chosen
+            break
+    for adapters in leaner:
+        shorter = option(conditions, cut_layer, usable[up], usable[down], adapters)
+        if shorter.step_seconds * _NEARLY < chosen.step_seconds:
+            chosen = shorter
+    return chosen
+
+
+def _adapter_encodings(spec: RunSpec) -> tuple[AdapterEncoding, ...]:
+    """Leaner and leaner; the run's own where no adapter travels."""
+    return get_args(AdapterEncoding) if spec.aggregates else (spec.adapter_encoding,)
 
 
 def _leaner_and_leaner(conditions: Conditions) -> list[Encoding]:
@@ -233,11 +251,11 @@ def _micro_batch_bytes(
     return sent * up + work.fresh_share * labels, _trained_tokens(conditions)[0] * down
 
 
-def _adapter_bytes(conditions: Conditions, cut_layer: int) -> float:
+def _adapter_bytes(conditions: Conditions, cut_layer: int, encoding: AdapterEncoding) -> float:
     """Each way, of the round's part in an aggregation."""
     spec = conditions.spec
     if not spec.aggregates:
         return 0.0
     shared = cut_layer - len([layer for layer in spec.personal_layers if layer < cut_layer])
     parameters = shared * conditions.memory.front.adapter_parameters
-    return parameters * most_bytes_per_value(spec.adapter_encoding) / spec.aggregation_interval
+    return parameters * most_bytes_per_value(encoding) / spec.aggregation_interval

@@ -15,7 +15,7 @@ from lesft_client.planning.options import (
 
 _COLUMNS = (
     *("cut", "memory MiB", "device s", "up s", "server s", "down s", "step s", "MB a step"),
-    *("bottleneck", "activations", "gradients", ""),
+    *("bottleneck", "activations", "gradients", "adapters", ""),
 )
 
 
@@ -43,7 +43,13 @@ def make_plan(server: str, conditions: Conditions) -> Plan:
     options = tuple(
         best_option(conditions, cut_layer) for cut_layer in range(1, conditions.num_layers)
     )
-    present = option(conditions, spec.cut_layer, spec.activation_encoding, spec.gradient_encoding)
+    present = option(
+        conditions,
+        spec.cut_layer,
+        spec.activation_encoding,
+        spec.gradient_encoding,
+        spec.adapter_encoding,
+    )
     best = recommended(options)
     return Plan(
         lesft_version=version("lesft"),
@@ -91,8 +97,8 @@ def _verdict(
 
 def _settings(option: Option) -> str:
     return (
-        f"cut layer {option.cut_layer} with activations as {option.activation_encoding} and "
-        f"gradients as {option.gradient_encoding}"
+        f"cut layer {option.cut_layer} with activations as {option.activation_encoding}, "
+        f"gradients as {option.gradient_encoding} and adapters as {option.adapter_encoding}"
     )
 
 
@@ -115,6 +121,8 @@ def _reason(best: Option, conditions: Conditions) -> str:
         )
         if encoding != "raw"
     ]
+    if conditions.spec.aggregates and best.adapter_encoding != "raw":
+        lean.append(f"adapters go as {best.adapter_encoding} because that shortens a step")
     return "; ".join([quickest, *lean]) + "."
 
 
@@ -122,7 +130,8 @@ def server_options(option: Option) -> str:
     """What to start the server with, beside its other options."""
     return (
         f"--cut-layer {option.cut_layer} --activation-encoding {option.activation_encoding} "
-        f"--gradient-encoding {option.gradient_encoding}"
+        f"--gradient-encoding {option.gradient_encoding} "
+        f"--adapter-encoding {option.adapter_encoding}"
     )
 
 
@@ -148,8 +157,11 @@ def _basis(conditions: Conditions) -> list[str]:
     )
     if conditions.back is None:
         computed += "; the server could not measure itself and counts as never in the way"
-    shown = "Each cut is shown with the least lean encodings with which the link is no bottleneck"
-    return [f"{measured}.", f"{computed}.", f"{shown}, or the leanest."]
+    shown = (
+        "Each cut is shown with the least lean encodings with which the link is no bottleneck, or "
+        "the leanest"
+    )
+    return [f"{measured}.", f"{computed}.", f"{shown}."]
 
 
 # ---------------------------------------------------------------------- tables
@@ -209,6 +221,7 @@ def _rows(plan: Plan) -> list[tuple[str, ...]]:
             option.bottleneck,
             option.activation_encoding,
             option.gradient_encoding,
+            option.adapter_encoding,
             ", ".join(_notes(plan, option)),
         )
         for option in plan.options

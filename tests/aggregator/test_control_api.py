@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
+from lesft.spec import PROTOCOL_VERSION
 from lesft_aggregator.server import Aggregator
 from tests.aggregator.harness import (
     NAME,
@@ -44,7 +45,7 @@ def test_run_clients_and_rounds_say_where_things_stand(tmp_path: Path) -> None:
     async def expect(client: httpx.AsyncClient, caller: Caller) -> None:
         assert (await client.get("/v1/run")).json() == {
             "run_id": "lesft",
-            "protocol_version": 5,
+            "protocol_version": PROTOCOL_VERSION,
             "clients": 2,
             "quorum": 2,
             "deadline_seconds": 0.0,

@@ -25,6 +25,7 @@ from lesft.errors import (
     StaleVersion,
     Unreachable,
 )
+from lesft.spec import PROTOCOL_VERSION
 from lesft.v1 import aggregation_pb2 as pb
 from lesft.v1.tensor_pb2 import Chunk
 from lesft_aggregator import rounds as rounds_module
@@ -87,7 +88,11 @@ def test_rounds_follow_one_another_and_old_versions_stay_available(tmp_path: Pat
 
 HANDSHAKES: list[tuple[dict[str, Any], type[LesftError], str]] = [
     ({"run_id": "other"}, HandshakeMismatch, "run_id: aggregator 'lesft', client 'other'"),
-    ({"protocol_version": 9}, HandshakeMismatch, "protocol_version: aggregator 5, client 9"),
+    (
+        {"protocol_version": 99},
+        HandshakeMismatch,
+        f"protocol_version: aggregator {PROTOCOL_VERSION}, client 99",
+    ),
     ({"client_id": ""}, InvalidInput, "client_id must be 1 to 64 of letters, digits"),
     ({"client_id": "a/../b"}, InvalidInput, "got 'a/../b'"),
     ({"client_id": "x" * 65}, InvalidInput, "client_id must be 1 to 64 of letters, digits"),

@@ -129,7 +129,7 @@ def test_before_the_last_round_there_is_nothing_to_fetch(trained: Trained, tmp_p
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("protocol_version", 1, "protocol_version: server 5, client 1; install the same LESFT on"),
+        ("protocol_version", 1, f"protocol_version: server {PROTOCOL_VERSION}, client 1; install "),
         ("spec_fingerprint", "sha256:0", "spec_fingerprint: server {}, client sha256:0; both "),
         ("spec_fingerprint", "", "spec_fingerprint: server {}, client none; both halves must be "),
         ("rounds", 6, "rounds: server 1, client 6; both halves must be of the same run, each "),

@@ -13,7 +13,7 @@ from lesft.bundle import bundle_chunks, bundle_info
 from lesft.inference_messages import Question, step_to_message
 from lesft.micro_batch import StepKey
 from lesft.spec import PROTOCOL_VERSION, RunSpec
-from lesft.spec_messages import encoding_to_message
+from lesft.spec_messages import adapter_encoding_to_message, encoding_to_message
 from lesft.v1 import aggregation_pb2, inference_pb2, model_pb2
 from lesft.v1.heartbeat_pb2 import Heartbeat
 from lesft.v1.tensor_pb2 import Chunk
@@ -161,6 +161,7 @@ class ServerAttacks:
                         cut_layer=2,
                         activation_encoding=encoding_to_message("int8"),
                         gradient_encoding=encoding_to_message("int8"),
+                        adapter_encoding=adapter_encoding_to_message("int8"),
                     ),
                 ),
             )

@@ -26,6 +26,7 @@ def request_for(spec: RunSpec, **changes: Any) -> model_pb2.ApplyPlanRequest:
         "cut_layer": 3,
         "activation_encoding": tensor_pb2.ENCODING_INT8,
         "gradient_encoding": tensor_pb2.ENCODING_BF16,
+        "adapter_encoding": tensor_pb2.ADAPTER_ENCODING_INT4,
     }
     return model_pb2.ApplyPlanRequest(**{**fields, **changes})
 
@@ -38,7 +39,7 @@ def refused(address: str, spec: RunSpec, **changes: Any) -> tuple[type[LesftErro
     return refusal.kind, refusal.message
 
 
-def test_the_cut_and_both_encodings_of_a_plan_are_taken(model: Path, tmp_path: Path) -> None:
+def test_the_cut_and_the_encodings_of_a_plan_are_taken(model: Path, tmp_path: Path) -> None:
     with serving(server_settings(model, tmp_path, accept_plans=True)) as address:
         before = spec_at(address)
         with raw_channel(address) as channel:
@@ -46,8 +47,9 @@ def test_the_cut_and_both_encodings_of_a_plan_are_taken(model: Path, tmp_path: P
         while (now := spec_at(address)) == before:
             time.sleep(0.05)
     assert now.cut_layer == 3
-    assert (now.activation_encoding, now.gradient_encoding) == ("int8", "bf16")
-    names = {"cut_layer", "activation_encoding", "gradient_encoding", "front_fingerprint"}
+    encodings = (now.activation_encoding, now.gradient_encoding, now.adapter_encoding)
+    assert encodings == ("int8", "bf16", "int4")
+    names = {*AcceptedPlan.model_fields, "front_fingerprint"}
     assert now.model_dump(exclude=names) == before.model_dump(exclude=names)
     assert now.front_fingerprint != before.front_fingerprint
 
@@ -90,6 +92,7 @@ def test_what_the_servers_own_options_could_not_be_a_plan_cannot_either(
             ({"cut_layer": 1}, InvalidInput, "personal_layers must lie between 0 and 0"),
             ({"activation_encoding": 0}, InvalidInput, "activation_encoding is none"),
             ({"gradient_encoding": 9}, InvalidInput, "gradient_encoding is none"),
+            ({"adapter_encoding": 9}, InvalidInput, "encoding: an adapter is raw or int8 or int4"),
         ):
             found = refused(server.grpc, server.spec, **changes)
             assert found[0] is kind
@@ -111,7 +114,12 @@ def test_a_kept_plan_goes_before_the_options_until_a_fresh_start(
 ) -> None:
     settings = server_settings(model, tmp_path)
     assert as_planned(settings) == settings
-    taken = AcceptedPlan(cut_layer=3, activation_encoding="int4", gradient_encoding="bf16")
+    taken = AcceptedPlan(
+        cut_layer=3,
+        activation_encoding="int4",
+        gradient_encoding="bf16",
+        adapter_encoding="int4",
+    )
     keep_plan(tmp_path, taken)
     planned = as_planned(settings)
     assert AcceptedPlan(**planned.model_dump(include=set(AcceptedPlan.model_fields))) == taken

@@ -33,7 +33,7 @@ def work(reference: float = 0, fresh_share: float = 1.0) -> Workload:
 
 
 def test_a_cuts_seconds_and_bytes_are_those_of_its_micro_batches() -> None:
-    found = option(conditions(), 2, "raw", "raw")
+    found = option(conditions(), 2, "raw", "raw", "raw")
     assert found.device_seconds == pytest.approx(4 * (0.2 + 0.4))
     assert found.server_seconds == pytest.approx(4 * (0.1 + 6 * 0.2))
     assert found.mb_up == pytest.approx(4 * (100 * 64 * 4 + 20 * 4) / 1e6)
@@ -46,21 +46,21 @@ def test_a_cuts_seconds_and_bytes_are_those_of_its_micro_batches() -> None:
 
 
 def test_a_deeper_cut_moves_layers_from_the_server_to_the_device() -> None:
-    found = option(conditions(), 7, "raw", "raw")
+    found = option(conditions(), 7, "raw", "raw", "raw")
     assert found.device_seconds == pytest.approx(4 * 7 * 0.3)
     assert found.server_seconds == pytest.approx(4 * 0.3)
     assert found.bottleneck == "device"
 
 
 def test_quantised_values_take_their_bits_and_a_scale_for_64() -> None:
-    found = option(conditions(), 2, "int8", "int4")
+    found = option(conditions(), 2, "int8", "int4", "raw")
     assert found.mb_up == pytest.approx(4 * (100 * (64 + 2) + 80) / 1e6)
     assert found.mb_down == pytest.approx(4 * 100 * (32 + 2) / 1e6)
 
 
 def test_the_reference_path_is_computed_without_gradient_and_sent_as_often_as_it_is_due() -> None:
     spec = run_spec(loss=LossSpec(reference_refresh=0))
-    found = option(conditions(spec=spec, workload=work(200, 0.25)), 2, "raw", "raw")
+    found = option(conditions(spec=spec, workload=work(200, 0.25)), 2, "raw", "raw", "raw")
     assert found.device_seconds == pytest.approx(4 * (0.6 + 0.25 * 200 * 2 * 0.0005))
     assert found.mb_up == pytest.approx(4 * ((100 + 0.25 * 200) * 256 + 0.25 * 80) / 1e6)
     assert found.mb_down == pytest.approx(4 * 100 * 256 / 1e6)
@@ -70,14 +70,14 @@ def test_the_reference_path_is_computed_without_gradient_and_sent_as_often_as_it
 
 def test_a_reference_path_that_trains_costs_as_the_base_path_does() -> None:
     spec = run_spec(loss=LossSpec(reference_nll_weight=0.1))
-    found = option(conditions(spec=spec, workload=work(200)), 2, "raw", "raw")
+    found = option(conditions(spec=spec, workload=work(200)), 2, "raw", "raw", "raw")
     assert found.device_seconds == pytest.approx(4 * 300 * 2 * 0.003)
     assert found.mb_down == pytest.approx(4 * 300 * 256 / 1e6)
 
 
 def test_a_front_that_does_not_train_computes_and_sends_only_what_is_new() -> None:
     spec = run_spec(train_front=False)
-    found = option(conditions(spec=spec, workload=work(fresh_share=0.5)), 2, "raw", "raw")
+    found = option(conditions(spec=spec, workload=work(fresh_share=0.5)), 2, "raw", "raw", "raw")
     assert found.device_seconds == pytest.approx(4 * 0.5 * 100 * 2 * 0.0005)
     assert found.mb_up == pytest.approx(4 * 0.5 * 25_680 / 1e6)
     assert (found.mb_down, found.down_seconds) == (0, 0)
@@ -86,17 +86,21 @@ def test_a_front_that_does_not_train_computes_and_sends_only_what_is_new() -> No
 
 def test_aggregation_is_spread_over_its_rounds_and_leaves_personal_layers_out() -> None:
     changes: dict[str, Any] = {"aggregate": True, "aggregation_interval": 5}
-    without = option(conditions(), 2, "raw", "raw")
+    without = option(conditions(), 2, "raw", "raw", "raw")
     one = 4 * (1 << 20) / 16 / 5
     both = option(
-        conditions(spec=run_spec(**changes), link=link(256_000, 256_000, 0.5)), 2, "raw", "raw"
+        conditions(spec=run_spec(**changes), link=link(256_000, 256_000, 0.5)),
+        2,
+        "raw",
+        "raw",
+        "raw",
     )
     assert both.mb_up == pytest.approx(without.mb_up + 2 * one / 1e6)
     assert both.step_seconds == pytest.approx(
         without.step_seconds + 0.5 + 2 * 2 * one / 256_000 + 2 * 0.5 / 5
     )
     spec = run_spec(**changes, personal_layers=(0,))
-    assert option(conditions(spec=spec), 2, "raw", "raw").mb_up == pytest.approx(
+    assert option(conditions(spec=spec), 2, "raw", "raw", "raw").mb_up == pytest.approx(
         without.mb_up + one / 1e6
     )
 
@@ -146,6 +150,20 @@ def test_encodings_are_no_leaner_than_it_takes_for_the_link_not_to_hold_the_step
     assert found.bottleneck == "uplink"
 
 
+def test_adapters_are_no_leaner_than_shortens_a_step() -> None:
+    def adapters(rate: float, **changes: Any) -> str:
+        spec = run_spec(aggregate=True, aggregation_interval=5, **changes)
+        return best_option(conditions(spec=spec, link=link(rate, rate)), 2).adapter_encoding
+
+    # A step of cut 2 takes 6 s. Of it, adapters of 2 x 1/16 Mi parameters take both ways, every
+    # 5 rounds, 0.2 MB raw and about a quarter and an eighth of it in int8 and int4.
+    assert adapters(10e6) == "raw"  # 0.02 s: no 2% of a step to save
+    assert adapters(1e6) == "int8"  # 0.21 s, 0.05 s, 0.03 s
+    assert adapters(150_000) == "int4"  # 1.40 s, 0.35 s, 0.18 s
+    spec = run_spec(adapter_encoding="int8")  # nothing to send: the run's own
+    assert best_option(conditions(spec=spec, link=link(100, 100)), 2).adapter_encoding == "int8"
+
+
 def test_encodings_that_a_width_makes_no_leaner_are_not_considered() -> None:
     # Odd: there is no int4, and int8 has a scale of two bytes for each value.
     memory = conditions().memory
@@ -161,7 +179,7 @@ def test_encodings_that_a_width_makes_no_leaner_are_not_considered() -> None:
 
 def test_what_does_not_fit_or_shows_too_much_is_not_recommended() -> None:
     best = chosen(conditions())[0]
-    needs = option(conditions(), best, "raw", "raw").memory_mib
+    needs = option(conditions(), best, "raw", "raw", "raw").memory_mib
     assert chosen(conditions(memory_mib=needs - 1))[0] == best - 1
     shallow = conditions(back=None, device=conditions().device, shallowest_cut=2)
     assert chosen(shallow)[0] == 2  # the device alone decides: the fewer layers, the sooner
@@ -171,7 +189,7 @@ def test_what_does_not_fit_or_shows_too_much_is_not_recommended() -> None:
 
 def test_of_cuts_that_take_nearly_as_long_the_deepest_is_recommended() -> None:
     options = [
-        option(conditions(), cut, "raw", "raw").model_copy(update={"step_seconds": seconds})
+        option(conditions(), cut, "raw", "raw", "raw").model_copy(update={"step_seconds": seconds})
         for cut, seconds in ((2, 10.0), (3, 10.1), (4, 10.15), (5, 10.3))
     ]
     best = recommended(options)
@@ -182,7 +200,7 @@ def test_of_cuts_that_take_nearly_as_long_the_deepest_is_recommended() -> None:
 def test_a_plan_without_a_cut_that_fits_says_what_would_help() -> None:
     plan = make_plan("server:1", conditions(memory_mib=200))
     assert plan.recommended is None
-    least = option(conditions(), 2, "raw", "raw").memory_mib
+    least = option(conditions(), 2, "raw", "raw", "raw").memory_mib
     assert (
         f"No cut of at least 2 layers fits into 200 MiB, the smallest needs {least:.0f}: try "
         "--precision int8"
@@ -209,7 +227,7 @@ def test_table_and_page_mark_the_runs_cut_and_the_recommended_one() -> None:
     assert f"|{best.cut_layer}|{best.memory_mib:.0f}|" in text
     assert (
         f"lesft-server ... --cut-layer {best.cut_layer} --activation-encoding raw "
-        "--gradient-encoding raw"
+        "--gradient-encoding raw --adapter-encoding raw"
     ) in text
 
 

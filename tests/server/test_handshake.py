@@ -10,7 +10,7 @@ from grpc import StatusCode
 
 from lesft.errors import AlreadyJoined, HandshakeMismatch, InvalidInput, OutOfOrder
 from lesft.micro_batch import StepKey
-from lesft.spec import LoraSpec
+from lesft.spec import PROTOCOL_VERSION, LoraSpec
 from lesft.spec_messages import lora_to_message, spec_from_message
 from lesft.v1 import run_pb2, training_pb2
 from lesft.v1.training_pb2 import TrainRequest
@@ -73,23 +73,22 @@ def lora(**changes: Any) -> run_pb2.LoraSpec:
     return lora_to_message(LoraSpec(dropout=0.0).model_copy(update=changes))
 
 
+def protocol_mismatch(theirs: int) -> Refusal:
+    return mismatch(
+        f"protocol_version: server {PROTOCOL_VERSION}, client {theirs}; install the same LESFT on "
+        "both sides"
+    )
+
+
+NEWER = PROTOCOL_VERSION + 1
 FINGERPRINT = "FINGERPRINT"  # stands for the server's, which depends on the model
 LORA_WAY_OUT = "leave the client's LoRA options out"
 CLIENT_ID_RULE = "client_id must be 1 to 64 letters, digits, '.', '_' or '-', got"
 
 REFUSED: dict[str, tuple[dict[str, Any], Refusal]] = {
-    "a newer protocol": (
-        {"protocol_version": 6},
-        mismatch("protocol_version: server 5, client 6; install the same LESFT on both sides"),
-    ),
-    "an older protocol": (
-        {"protocol_version": 1},
-        mismatch("protocol_version: server 5, client 1; install the same LESFT on both sides"),
-    ),
-    "no protocol": (
-        {"protocol_version": 0},
-        mismatch("protocol_version: server 5, client 0; install the same LESFT on both sides"),
-    ),
+    "a newer protocol": ({"protocol_version": NEWER}, protocol_mismatch(NEWER)),
+    "an older protocol": ({"protocol_version": 1}, protocol_mismatch(1)),
+    "no protocol": ({"protocol_version": 0}, protocol_mismatch(0)),
     "an empty client id": ({"client_id": ""}, invalid(f"{CLIENT_ID_RULE} ''")),
     "a client id with a space": ({"client_id": "a b"}, invalid(f"{CLIENT_ID_RULE} 'a b'")),
     "a client id with a line break": (

@@ -76,7 +76,7 @@ def test_the_description_is_the_runs(
     assert description.front_bytes == len(whole_front(stub))
 
 
-@pytest.mark.parametrize("version", [0, 1, 6])
+@pytest.mark.parametrize("version", [0, 1, PROTOCOL_VERSION + 1])
 def test_another_protocol_version_is_refused(
     version: int, stub: model_pb2_grpc.ModelServiceStub
 ) -> None:
@@ -84,7 +84,8 @@ def test_another_protocol_version_is_refused(
         stub.DescribeRun(model_pb2.DescribeRunRequest(protocol_version=version))
     assert refusal_of(caught.value) == refused(
         HandshakeMismatch,
-        f"protocol_version: server 5, client {version}; install the same LESFT on both sides",
+        f"protocol_version: server {PROTOCOL_VERSION}, client {version}; install the same LESFT on "
+        "both sides",
     )
 
 
