@@ -91,6 +91,8 @@ def option(
     adapter_bytes = _adapter_bytes(conditions, cut_layer, adapters)
     stages = _stages(conditions, cut_layer, up_bytes, down_bytes, adapter_bytes)
     busy = stages.busy(spec.accumulation, conditions.in_flight)
+    busy["uplink"] += adapter_bytes / link.up_bytes_per_second
+    busy["downlink"] += adapter_bytes / link.down_bytes_per_second
     memory_mib = conditions.memory.mib(cut_layer, conditions.workload, spec.train_front)
     return Option(
         cut_layer=cut_layer,
@@ -99,13 +101,13 @@ def option(
         adapter_encoding=adapters,
         memory_mib=memory_mib,
         device_seconds=busy["device"],
-        up_seconds=busy["uplink"] + adapter_bytes / link.up_bytes_per_second,
+        up_seconds=busy["uplink"],
         server_seconds=busy["server"],
-        down_seconds=busy["downlink"] + adapter_bytes / link.down_bytes_per_second,
+        down_seconds=busy["downlink"],
         step_seconds=round_seconds(stages, spec.accumulation, conditions.in_flight),
         mb_up=(spec.accumulation * up_bytes + adapter_bytes) / _MB,
         mb_down=(spec.accumulation * down_bytes + adapter_bytes) / _MB,
-        bottleneck=stages.bottleneck(spec.accumulation, conditions.in_flight),
+        bottleneck=max(busy, key=lambda name: busy[name]),
         fits=not conditions.memory_mib or memory_mib <= conditions.memory_mib,
         is_deep_enough=cut_layer >= conditions.shallowest_cut,
     )
@@ -118,21 +120,32 @@ def best_option(conditions: Conditions, cut_layer: int) -> Option:
     Nothing else is done while adapters travel: they go leaner for as long as that shortens a step.
     """
     usable = _leaner_and_leaner(conditions)
-    first, *leaner = _adapter_encodings(conditions.spec)
     up, down = 0, 0
     while True:
-        chosen = option(conditions, cut_layer, usable[up], usable[down], first)
-        if chosen.bottleneck == "uplink" and up + 1 < len(usable):
+        held_up_by = _window_bottleneck(conditions, cut_layer, usable[up], usable[down])
+        if held_up_by == "uplink" and up + 1 < len(usable):
             up += 1
-        elif chosen.bottleneck == "downlink" and down + 1 < len(usable):
+        elif held_up_by == "downlink" and down + 1 < len(usable):
             down += 1
         else:
             break
-    for adapters in leaner:
-        shorter = option(conditions, cut_layer, usable[up], usable[down], adapters)
+    chosen, *leaner = (
+        option(conditions, cut_layer, usable[up], usable[down], adapters)
+        for adapters in _adapter_encodings(conditions.spec)
+    )
+    for shorter in leaner:
         if shorter.step_seconds * _NEARLY < chosen.step_seconds:
             chosen = shorter
     return chosen
+
+
+def _window_bottleneck(
+    conditions: Conditions, cut_layer: int, activations: Encoding, gradients: Encoding
+) -> str:
+    """What micro-batches wait for most; adapters travel between windows."""
+    sent = _micro_batch_bytes(conditions, activations, gradients)
+    stages = _stages(conditions, cut_layer, *sent, adapter_bytes=0.0)
+    return stages.bottleneck(conditions.spec.accumulation, conditions.in_flight)
 
 
 def _adapter_encodings(spec: RunSpec) -> tuple[AdapterEncoding, ...]:

@@ -158,8 +158,8 @@ def _basis(conditions: Conditions) -> list[str]:
     if conditions.back is None:
         computed += "; the server could not measure itself and counts as never in the way"
     shown = (
-        "Each cut is shown with the least lean encodings with which the link is no bottleneck, or "
-        "the leanest"
+        "Each cut is shown with the least lean encodings with which micro-batches do not wait for "
+        "the link most, or the leanest"
     )
     return [f"{measured}.", f"{computed}.", f"{shown}."]
 

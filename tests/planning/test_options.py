@@ -99,6 +99,10 @@ def test_aggregation_is_spread_over_its_rounds_and_leaves_personal_layers_out() 
     assert both.step_seconds == pytest.approx(
         without.step_seconds + 0.5 + 2 * 2 * one / 256_000 + 2 * 0.5 / 5
     )
+    assert (without.bottleneck, both.bottleneck) == ("server", "server")
+    thin = option(conditions(spec=run_spec(**changes), link=link(20_000)), 2, "int4", "raw", "raw")
+    assert thin.up_seconds == pytest.approx((4 * (100 * 34 + 80) + 2 * one) / 20_000)
+    assert thin.bottleneck == "uplink"
     spec = run_spec(**changes, personal_layers=(0,))
     assert option(conditions(spec=spec), 2, "raw", "raw", "raw").mb_up == pytest.approx(
         without.mb_up + one / 1e6
