@@ -32,11 +32,11 @@ def test_a_power_cut_of_everything_at_once(
         assert run.finish() == undisturbed
 
 
-def test_a_run_that_sends_as_little_as_can_be_is_the_same_after_crashes(
+def test_a_run_that_sends_and_holds_as_little_as_can_be_is_the_same_after_crashes(
     zygote: Zygote, model: Path, tmp_path: Path, undisturbed: Outcome
 ) -> None:
     """The server answers what it has answered before from its ledger, as it was encoded, and
-    remembers of samples what it did then."""
+    remembers of samples what it did then; the clients round their fronts anew, to the same."""
     options = {
         "activation_encoding": "int8",
         "gradient_encoding": "int4",
@@ -44,13 +44,21 @@ def test_a_run_that_sends_as_little_as_can_be_is_the_same_after_crashes(
         "loss.reference_refresh": "once",
         "rounds": 8,
     }
+    fronts = {"a": "--precision=int8", "b": "--precision=int4"}
+
+    def start_all(run: Run, disturbance: Disturbance | None = None) -> None:
+        for name in ("server", "aggregator"):
+            run.start(name)
+        run.start("a", disturbance, fronts["a"])
+        run.start("b", None, fronts["b"])
+
     with new_run(zygote, tmp_path / "undisturbed", model, **options) as run:
-        run.start_all()
+        start_all(run)
         outcome = run.finish()
     with new_run(zygote, tmp_path / "disturbed", model, **options) as run:
-        run.start_all(a=IN_THE_FIFTH_ROUND)
+        start_all(run, IN_THE_FIFTH_ROUND)
         run.wait("a")
-        run.start("a")
+        run.start("a", None, fronts["a"])
         run.kill("server")
         run.start("server")
         assert run.finish() == outcome
