@@ -263,7 +263,9 @@ class _Given:
         written, spell = self._as_written(name)
         if detail["type"] == "extra_forbidden":
             return f"{written}: no such setting{_did_you_mean(spell(name), self._kind, spell)}"
-        given = "" if detail["type"] == "missing" else f", got {detail['input']!r}"
+        # A group's own rule has named what it got of the group.
+        named = detail["type"] == "missing" or isinstance(detail["input"], dict)
+        given = "" if named else f", got {detail['input']!r}"
         return f"{written}: {message}{given}"
 
     def _as_written(self, name: str) -> tuple[str, Callable[[str], str]]:

@@ -58,7 +58,11 @@ class Store:
             self._tidy()
         except DatabaseError as error:
             self.close()
-            raise InvalidInput(f"{state / DATABASE_FILE} cannot be used: {error.orig}") from None
+            raise InvalidInput(
+                f"{state / DATABASE_FILE} cannot be used: {error.orig}; it is damaged, or of "
+                "another version of LESFT: restore the --state folder, or start a new run with an "
+                "empty one"
+            ) from None
         except BaseException:
             self.close()
             raise

@@ -25,7 +25,7 @@ class Batching:
     name = "batching"
     about = (
         "Seconds of forward and backward through the server's part of the model for one "
-        "micro-batch of every client: all in one batch, and one client after another; with the "
+        "micro-batch of every client: all at once, and one client after another; with the "
         "samples as they are and with samples of one length."
     )
     depends_on = ("model", "data", "samples", "seed", "threads")
@@ -33,7 +33,7 @@ class Batching:
     figures = (
         Figure(
             "server_batching",
-            "server's step for all clients in one batch / the sum of its steps for one client "
+            "server's step for all clients at once / the sum of its steps for one client "
             "after another",
             ratio(_BATCHED, _ONE_BY_ONE, "step_seconds"),
             _TARGET,

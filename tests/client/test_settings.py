@@ -313,6 +313,12 @@ INT = "Input should be a valid integer, unable to parse string as an integer"
             ["--weights=hub"],
             "--weights: Input should be 'auto', 'local' or 'server', got 'hub'",
         ),
+        (
+            SERVER,
+            ["--loss.reference-nll-weight=0.1", "--loss.reference-refresh=once"],
+            "--loss: reference_nll_weight trains the reference path, whose gradient needs its "
+            "activations each time: leave reference_refresh at every_step, got 0",
+        ),
         (DATA, ["--split=dev"], "--split: Input should be 'train' or 'test', got 'dev'"),
         (DATA, ["--server=h:1"], "--server: no such option"),
     ],
