@@ -90,7 +90,7 @@ class Back:
             if reference_log_probs_T is not None:
                 remember(group, reference_log_probs_T)
         if key.micro == self.spec.accumulation - 1:
-            self.optimizer.step()
+            self.optimizer.step(key.round)
         return [results[part.client_id] for part in parts]
 
     def _train(
@@ -162,7 +162,7 @@ class Back:
         self, path: Path, targets: Targets, grad: bool, dropout: bool = False
     ) -> torch.Tensor:
         """Hidden states `[T, D]` after the final norm where the target tokens are predicted."""
-        self._set_mode(dropout)
+        self.set_mode(dropout)
         with torch.set_grad_enabled(grad), autocast(self.model.device, self._precision):
             activations_BLD, mask = pad(path.activations_ND.to(self.model.dtype), path.lengths)
             hidden_BLD = back_hidden(self.model, activations_BLD, mask)
@@ -195,7 +195,7 @@ class Back:
                 log_probs_T = slice_log_probs(head_logits(self.model, leaf_TD[rows]), ids_T[rows])
             (-(coefficients_T[rows] * log_probs_T).sum()).backward()  # type: ignore[no-untyped-call]
             log_probs.append(log_probs_T.detach())
-        self._set_mode(dropout=True)  # as it went forward: checkpointing computes that again
+        self.set_mode(dropout=True)  # as it went forward: checkpointing computes that again
         hidden_TD.backward(leaf_TD.grad)  # type: ignore[no-untyped-call]
         return torch.cat(log_probs)
 
@@ -250,12 +250,12 @@ class Back:
 
         `untuned` is for the model as it was before the training.
         """
-        self._set_mode(dropout=False, untuned=untuned)
+        self.set_mode(dropout=False, untuned=untuned)
         with autocast(self.model.device, self._precision):
             return back_steps(self.model, steps, wanted)
 
-    def _set_mode(self, dropout: bool, untuned: bool = False) -> None:
-        """Each costs milliseconds, which a decoding step has not to spare: only what changes."""
+    def set_mode(self, dropout: bool, untuned: bool = False) -> None:
+        """With or without dropout and adapters; only what changes is set, as each costs time."""
         if self.model.training is not dropout:
             self.model.train(dropout)
         if self._untuned is not untuned:

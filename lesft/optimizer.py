@@ -40,8 +40,10 @@ class Optimizer:
         )
         self.steps = 0
 
-    def step(self) -> float:
-        """End an accumulation window; return the gradient's norm before clipping.
+    def step(self, round_index: int) -> float:
+        """End the accumulation window of a round; return the gradient's norm before clipping.
+
+        The learning rate is the round's: whoever has missed some rounds has taken fewer steps.
 
         Raises InvalidInput when the norm is not finite: then nothing has changed.
         """
@@ -53,7 +55,7 @@ class Optimizer:
                 "optimizer.learning_rate or set optimizer.max_grad_norm, which clips the gradient"
             )
         torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
-        factor = learning_rate_factor(self._spec, self.steps, self._rounds)
+        factor = learning_rate_factor(self._spec, round_index, self._rounds)
         for group in self._adamw.param_groups:
             group["lr"] = self._spec.learning_rate * factor
         self._adamw.step()

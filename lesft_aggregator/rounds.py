@@ -153,16 +153,17 @@ class Rounds:
         HandshakeMismatch or InvalidInput.
         """
         check_protocol(protocol_version)
-        return await self._to_its_end(self._join(client, run_fingerprint))
+        return await self._in_turn(lambda: self._join(client, run_fingerprint))
 
     async def _join(self, client: Introduction, run_fingerprint: str) -> int:
-        async with self._changing:
-            self._check_introduction(client)
-            check_fingerprint(self.run_fingerprint, run_fingerprint)
-            log.info("%s joined", client.client_id)
-            self.run_fingerprint = self.run_fingerprint or run_fingerprint
-            await asyncio.to_thread(self._store.join, client.client_id, client.num_samples)
-            return self.version
+        self._check_introduction(client)
+        check_fingerprint(self.run_fingerprint, run_fingerprint)
+        log.info("%s joined", client.client_id)
+        self.run_fingerprint = self.run_fingerprint or run_fingerprint
+        await self._when_there_is_room(
+            lambda: self._store.join(client.client_id, client.num_samples)
+        )
+        return self.version
 
     def check(self, client: Introduction, base_version: int) -> None:
         """Refuse a submission that cannot be accepted whatever its bytes are.
@@ -203,31 +204,28 @@ class Rounds:
         be averaged, OutOfOrder for other bytes than the client's earlier ones for the same version.
         """
         self._check_base(client, base_version, encoding, base_crc32)
-        return await self._to_its_end(self._submit(client, base_version, data, encoding))
+        return await self._in_turn(lambda: self._submit(client, base_version, data, encoding))
 
     async def _submit(
         self, client: Introduction, base_version: int, data: bytes, encoding: AdapterEncoding
     ) -> Receipt:
-        async with self._changing:
-            self.check(client, base_version)
-            known = self._store.submission(base_version, client.client_id)
-            if known is None:
-                await self._when_there_is_room(
-                    lambda: self._keep(client, base_version, data, encoding)
-                )
-            else:
-                await asyncio.to_thread(_check_repeat, known, client, data)
-            received = self._store.submissions(base_version)
-            if known is None:
-                log.info(
-                    "version %d: %s submitted, %d of %d",
-                    base_version + 1,
-                    client.client_id,
-                    len(received),
-                    self._settings.clients,
-                )
-                self._after_submission(received)
-            return Receipt(base_version + 1, len(received), known is not None)
+        self.check(client, base_version)
+        known = self._store.submission(base_version, client.client_id)
+        if known is None:
+            await self._when_there_is_room(lambda: self._keep(client, base_version, data, encoding))
+        else:
+            await asyncio.to_thread(_check_repeat, known, client, data)
+        received = self._store.submissions(base_version)
+        if known is None:
+            log.info(
+                "version %d: %s submitted, %d of %d",
+                base_version + 1,
+                client.client_id,
+                len(received),
+                self._settings.clients,
+            )
+            self._after_submission(received)
+        return Receipt(base_version + 1, len(received), known is not None)
 
     def _keep(
         self, client: Introduction, base_version: int, sent: bytes, encoding: AdapterEncoding
@@ -403,8 +401,20 @@ class Rounds:
             self._ended = self._ended or error
             self._changed.notify_all()
 
-    async def _to_its_end(self, change: Coroutine[Any, Any, T]) -> T:
-        return await asyncio.shield(self._start(change))
+    async def _in_turn(self, change: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Make a change when those before it are made; to its end, whoever hangs up meanwhile.
+
+        Who hangs up before its turn is dropped with all that it has sent.
+        """
+        await self._changing.acquire()
+
+        async def to_its_end() -> T:
+            try:
+                return await change()
+            finally:
+                self._changing.release()
+
+        return await asyncio.shield(self._start(to_its_end()))
 
     def _start(self, change: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(change)

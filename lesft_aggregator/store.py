@@ -150,8 +150,8 @@ class Store:
         return self._adapters / f"{version:05}.safetensors"
 
     def join(self, client_id: str, num_samples: int) -> None:
-        """Remember a client."""
-        with self._session() as session, session.begin():
+        """Remember a client. Raises OSError when the disk does not take it."""
+        with _full_disk_as_oserror(), self._session() as session, session.begin():
             _remember(session, client_id, num_samples)
 
     def add_submission(

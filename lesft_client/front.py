@@ -115,9 +115,9 @@ class Front:
             outputs, [g.to(o.device, o.dtype) for g, o in zip(gradients, outputs, strict=True)]
         )
 
-    def step(self) -> float:
-        """Step 7, at the window's end: AdamW steps Θ_i. Returns the gradient's norm."""
-        return self._optimizer.step()
+    def step(self, round_index: int) -> float:
+        """Step 7, at the end of a round's window: AdamW steps Θ_i. Returns the gradient's norm."""
+        return self._optimizer.step(round_index)
 
     # ------------------------------------------------------------------ its pieces
 

@@ -131,7 +131,9 @@ class SplitSequence:
             new = self.token_ids[start:]
             if len(new) + len(guesses) <= MAX_STEP_TOKENS:
                 break
-            await self._step(new[:MAX_STEP_TOKENS], 0, kept, right_guesses, Question())
+            # One stays for the last step, which is asked about what comes after it.
+            piece = new[: min(MAX_STEP_TOKENS, len(new) - 1)]
+            await self._step(piece, 0, kept, right_guesses, Question())
             kept = right_guesses = 0
         question = Question(wanted, tuple(TokenAt(s.after - start, s.token_id) for s in scores))
         return await self._step([*new, *guesses], len(guesses), kept, right_guesses, question)

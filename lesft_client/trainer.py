@@ -167,7 +167,7 @@ class Trainer:
             results.append(self._finish(in_flight.popleft()))
         if self._spec.train_front:
             with self._phase("optimizer", round_index):
-                self._front.step()
+                self._front.step(round_index)
         return results
 
     def _start(self, key: StepKey, numbers: Sequence[int]) -> ForwardPass:

@@ -54,6 +54,7 @@ def measure_back(back: Back, lengths: Lengths) -> BackSpeed:
     batch = _random_batch(lengths, back.model)
     parts = [Part(f"measured-{number}", batch, 1 / clients) for number in range(clients)]
     num_layers = len(_layers(back.model))
+    back.set_mode(dropout=True)  # a text of the untuned model may have been the last before
     with _gradients_aside(back.model):
         depths = [1, num_layers] if num_layers > 1 else [1]
         seconds = _medians([_shallower(back, depth) for depth in depths], parts)

@@ -9,7 +9,7 @@ import enum
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -150,6 +150,8 @@ class Cohort:
         self._tasks: set[asyncio.Task[None]] = set()
         self._window: list[tuple[Sequence[float], list[StepResult]]] = []
         self._window_start: float | None = None
+        self._back_failed = False
+        """Of the device's thread, where later steps may wait already: none may follow."""
         self._last_checkpoint = len(run.rounds)
         self._taking_part = set(run.members)
         """Clients whose parts were in the newest step."""
@@ -268,6 +270,12 @@ class Cohort:
                     self._drop_timer(step)
                     del self._steps[key]
 
+    def goes_on_without(self, client_id: str, until_round: int) -> None:
+        """A client rejoins at a round: no step of an earlier one waits for it."""
+        if until_round > self._to_begin.round:
+            self._taking_part.discard(client_id)
+            self._begin_what_is_complete()
+
     # ------------------------------------------------------------------ when a step begins
 
     def _is_out(self, client_id: str, key: StepKey) -> bool:
@@ -288,8 +296,23 @@ class Cohort:
             or (name in self._taking_part and not member.left)
         }
 
+    def _can_come(self, key: StepKey) -> Collection[str]:
+        """The clients that can have a part in a step, sooner or later."""
+        in_mid_round = self._run.spec.mode == "deadline" and key.micro > 0
+        return self._expected(key) if in_mid_round else self._run.members
+
+    def _needed(self, key: StepKey) -> int:
+        """Parts without which a step does not begin, whatever the deadline."""
+        return min(self._run.spec.required, len(self._can_come(key)))
+
     def _begin_what_is_complete(self) -> None:
         while self._run.state is RunState.TRAINING:
+            if self._run.members and not self._can_come(self._to_begin):
+                self._run.stop(
+                    f"no client is left that can finish round {self._to_begin.round}; start server "
+                    "and clients again with the same --state to go on from the last checkpoint"
+                )
+                return
             step = self._steps.get(self._to_begin)
             # A round begins when the one before is kept: its checkpoint is of that moment.
             if step is None or (step.key.micro == 0 and step.key != self.next_key):
@@ -300,7 +323,7 @@ class Cohort:
             if not step.parts:
                 return
             complete = self._expected(step.key) <= step.parts.keys()
-            enough = len(step.parts) >= min(self._run.spec.required, len(members))
+            enough = len(step.parts) >= self._needed(step.key)
             if not enough or not (complete or step.deadline_passed):
                 self._set_deadline(step)
                 return
@@ -339,14 +362,17 @@ class Cohort:
         task.add_done_callback(self._tasks.discard)
 
     def _on_deadline(self, step: _Step) -> None:
+        if self._run.paused:
+            step.timer = None  # it begins anew when the run goes on
+            return
         step.deadline_passed = True
-        required = self._run.spec.required
-        if len(step.parts) < required:
+        needed = self._needed(step.key)
+        if len(step.parts) < needed:
             log.warning(
                 "%s: the deadline has passed with %d clients, %d are needed: waiting on for %s",
                 step.key,
                 len(step.parts),
-                required,
+                needed,
                 ", ".join(self.due()) or "others to join",
             )
         self._begin_what_is_complete()
@@ -364,6 +390,7 @@ class Cohort:
         try:
             await self._run.may_step()
             self._stop_if_asked(key)
+            await self._journal.begin()
             times = await self._take_step(step)
         except Exception as error:
             if not isinstance(error, LesftError):
@@ -392,11 +419,13 @@ class Cohort:
         ]
 
         def train() -> tuple[list[StepResult], StepTimes, dict[str, torch.Tensor] | None]:
-            if run.state is not RunState.TRAINING:
+            if self._back_failed or run.state is not RunState.TRAINING:
                 raise RunStopped(f"{key} came too late")
             began = time.monotonic()
+            self._back_failed = True  # unless this step goes well
             with self._clock.phase("back", key.round, micro=key.micro, clients=len(parts)):
                 results = self._back.train_step(key, parts)
+            self._back_failed = False
             times = StepTimes(began, time.monotonic())
             waited = self._account.step(
                 key.micro == 0, step.collecting_since, step.complete, times.began, times.ended

@@ -12,19 +12,18 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 from lesft.checkpoints import Checkpoint, CheckpointStore
+from lesft.errors import RunStopped
 from lesft.files import when_there_is_room, write_atomically
 from lesft_server.ledger import Entry, Ledger
 from lesft_server.sample_store import SAMPLES_FOLDER
 from lesft_server.step_clock import StepClock
 
+BEGUN_FILE = "begun"
 CHECKPOINTS_FOLDER = "checkpoints"
 DROPPED_FILE = "dropped.json"
 LEDGER_FOLDER = "ledger"
-
-T = TypeVar("T")
 
 
 class Journal:
@@ -45,6 +44,8 @@ class Journal:
         self._clock = clock
         self._on_wait = on_wait
         self._closing = threading.Event()
+        self._failed = False
+        """Of the journal's thread, where later jobs may wait already."""
         self._store = CheckpointStore(state / CHECKPOINTS_FOLDER, run_fingerprint)
         rounds = self._store.rounds()
         self.newest = self._store.load(rounds[-1]) if rounds else None
@@ -53,11 +54,20 @@ class Journal:
         dropped = state / DROPPED_FILE
         self.dropped: list[str] = json.loads(dropped.read_text()) if dropped.exists() else []
         """The clients that an operator has dropped."""
+        self.has_begun = self.newest is not None or (state / BEGUN_FILE).exists()
+        """Whether a first step was taken, of which clients may have the answers."""
         self.safe_since = time.monotonic()
         """Work done before this moment would survive a crash: that of the newest checkpoint."""
         self.checkpoint_seconds: float | None = None
         """How long the newest checkpoint of this process took."""
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
+
+    async def begin(self) -> None:
+        """Keep for good that the first step is about to be taken."""
+        if not self.has_begun:
+            file = self._state / BEGUN_FILE
+            await self._run(lambda: self._with_room(lambda: write_atomically(file, b"")))
+            self.has_begun = True
 
     async def append(self, make_entries: Callable[[], Sequence[Entry]]) -> None:
         """Keep the answers of a step; they are made on the journal's thread."""
@@ -67,7 +77,7 @@ class Journal:
             with self._clock.phase("ledger", entries[0].header.round):
                 self._with_room(lambda: self.ledger.append(entries))
 
-        await self._run(job)
+        await self._in_order(job)
 
     async def checkpoint(self, checkpoint: Checkpoint, and_write: Callable[[], None]) -> None:
         """Keep a checkpoint and begin the ledger's next window; `and_write` goes before."""
@@ -81,7 +91,7 @@ class Journal:
             self._with_room(lambda: self.ledger.open_window(checkpoint.round))
 
         with self._clock.phase("checkpoint", checkpoint.round - 1):
-            await self._run(job)
+            await self._in_order(job)
         self.safe_since, self.checkpoint_seconds = asked, time.monotonic() - asked
 
     async def drop(self, client_id: str) -> None:
@@ -96,8 +106,20 @@ class Journal:
         self._executor.shutdown(wait=True, cancel_futures=True)
         self.ledger.close()
 
-    async def _run(self, job: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, job)
+    async def _in_order(self, job: Callable[[], None]) -> None:
+        """Do a job after those before it, unless one of them has failed: it builds on them."""
+
+        def if_all_went_well() -> None:
+            if self._failed:
+                raise RunStopped("what came before could not be kept")
+            self._failed = True  # unless this goes well
+            job()
+            self._failed = False
+
+        await self._run(if_all_went_well)
+
+    async def _run(self, job: Callable[[], None]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._executor, job)
 
     def _with_room(self, write: Callable[[], None]) -> None:
         when_there_is_room(
@@ -109,4 +131,5 @@ def drop_journal(state: Path) -> None:
     """Forget what an earlier run left in a state folder."""
     for name in (CHECKPOINTS_FOLDER, LEDGER_FOLDER, SAMPLES_FOLDER):
         shutil.rmtree(state / name, ignore_errors=True)
-    (state / DROPPED_FILE).unlink(missing_ok=True)
+    for name in (BEGUN_FILE, DROPPED_FILE):
+        (state / name).unlink(missing_ok=True)

@@ -122,7 +122,7 @@ class Planning:
 
     def _check_not_begun(self) -> None:
         run = self._engine.run
-        if run.state is not RunState.WAITING or self._engine.journal.newest is not None:
+        if run.state is not RunState.WAITING or self._engine.journal.has_begun:
             raise OutOfOrder(
                 f"the run has begun ({run.state.value}): its cut and its encodings stay as they are"
             )

@@ -110,6 +110,8 @@ class Session:
         )
         if self.resumes_at.course != training_pb2.COURSE_CONTINUE:
             cohort.withdraw(client_id)
+        if self.resumes_at.course == training_pb2.COURSE_REJOIN:
+            cohort.goes_on_without(client_id, self.resumes_at.key.round)
         self._next_key = self.resumes_at.key
         self._tell = self.fail  # one object, by which the run tells this session from a later one
         cohort.welcome(client_id)

@@ -162,7 +162,7 @@ def _time(front: Front, batch: Sequence[EncodedSample]) -> _Times:
     moments.append(_now(front))
     front.held_out(batch)
     moments.append(_now(front))
-    front.step()
+    front.step(0)
     moments.append(_now(front))
     forth, back, plain, step = (after - before for before, after in pairwise(moments))
     return _Times(forth / len(sent), back / len(sent), plain / len(sent), step)

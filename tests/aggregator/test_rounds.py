@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import load
+from sqlalchemy.exc import OperationalError
 
 from lesft.bundle import CHUNK_BYTES
 from lesft.errors import (
@@ -29,9 +30,11 @@ from lesft.spec import PROTOCOL_VERSION
 from lesft.v1 import aggregation_pb2 as pb
 from lesft.v1.tensor_pb2 import Chunk
 from lesft_aggregator import rounds as rounds_module
+from lesft_aggregator import store as store_module
 from lesft_aggregator.mean import weighted_mean
 from lesft_aggregator.rounds import MOVES, Round, RoundState
 from lesft_aggregator.server import Aggregator
+from lesft_aggregator.store import Store
 from tests.aggregator.harness import (
     NAME,
     Caller,
@@ -448,6 +451,55 @@ def test_a_full_disk_holds_everybody_up_until_there_is_room(
         assert aggregator.rounds.obstacle == ""
 
     monkeypatch.setattr(rounds_module, call, write)
+    run_aggregator(settings_for(tmp_path, clients=1), scenario)
+
+
+def test_who_tries_again_and_again_while_the_disk_is_full_piles_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a client does that hears nothing for its --stall-seconds."""
+    works, full = Store.add_submission, [True]
+
+    def write(*arguments: Any, **more: Any) -> None:
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        works(*arguments, **more)
+
+    async def scenario(aggregator: Aggregator, caller: Caller, addresses: Addresses) -> None:
+        await caller.join("a")
+        for _ in range(4):
+            trying = asyncio.create_task(caller.submit("a", make_adapter(1)))
+            await wait_until(lambda: aggregator.rounds.obstacle)
+            await asyncio.sleep(0.05)
+            trying.cancel()
+            await asyncio.wait([trying])
+        assert len(aggregator.rounds._tasks) == 1  # the first one's, which has begun
+        full.clear()
+        assert (await caller.submit("a", make_adapter(1))).received == 1
+        await caller.fetch(1)
+
+    monkeypatch.setattr(Store, "add_submission", write)
+    run_aggregator(settings_for(tmp_path, clients=1), scenario)
+
+
+def test_a_client_can_join_once_the_disk_has_room_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works, full = store_module._remember, [True]
+
+    def remember(*arguments: Any) -> None:
+        if full:
+            raise OperationalError("INSERT", {}, Exception("database or disk is full"))
+        works(*arguments)
+
+    async def scenario(aggregator: Aggregator, caller: Caller, addresses: Addresses) -> None:
+        joining = asyncio.create_task(caller.join("a"))
+        await wait_until(lambda: aggregator.rounds.obstacle)
+        assert not joining.done()
+        full.clear()
+        assert (await joining).version == 0
+
+    monkeypatch.setattr(store_module, "_remember", remember)
     run_aggregator(settings_for(tmp_path, clients=1), scenario)
 
 

@@ -19,12 +19,14 @@ from lesft.adapter_halves import (
     save_half,
 )
 from lesft.errors import HandshakeMismatch, InvalidInput, ModelError
-from lesft.sampling import Sampling
+from lesft.inference_messages import MAX_STEP_TOKENS
+from lesft.sampling import GREEDY, Sampling
 from lesft.split import SUPPORTED_FAMILIES
 from lesft_client.export import export
 from lesft_client.language_model import LanguageModel
 from lesft_client.open_model import open_model
 from lesft_client.settings import ExportSettings, GenerateSettings
+from lesft_client.split_sequence import SplitSequence
 from lesft_testbed.proxy import FaultProxy
 from tests.generation.harness import (
     all_written,
@@ -128,6 +130,28 @@ def test_a_cut_link_does_not_change_the_text(served: Served, speculate: int) -> 
 
 
 # ---------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("total", [MAX_STEP_TOKENS - 4, MAX_STEP_TOKENS])
+def test_a_text_of_any_length_goes_on_over_another_stream(
+    served: Served, tmp_path: Path, total: int
+) -> None:
+    """All of it is sent again, in pieces; what the guesses are asked about must be in the last."""
+    guesses = [7] * 8
+
+    async def work(model: Any) -> None:
+        sequence = SplitSequence(model._context, [5] * (total - 1), total + 20, GREEDY)
+        try:
+            sequence.token_ids += await sequence.next_tokens([])
+            undisturbed = await sequence.next_tokens(guesses)
+            sequence._stream.close()
+            assert await sequence.next_tokens(guesses) == undisturbed
+        finally:
+            sequence.close()
+
+    settings = server_settings(served.folder, tmp_path, max_context=2 * MAX_STEP_TOKENS)
+    with running_server(settings) as server:
+        with_model(work, served.folder, server=server.grpc, untuned=True)
 
 
 def test_a_seed_gives_the_same_text_alone_among_others_and_with_guesses(served: Served) -> None:

@@ -10,13 +10,14 @@ import grpc
 import pytest
 
 from lesft.errors import HandshakeMismatch, InvalidInput, LesftError, NotAllowed, OutOfOrder
+from lesft.micro_batch import StepKey
 from lesft.spec import PROTOCOL_VERSION, RunSpec
 from lesft.v1 import model_pb2, model_pb2_grpc, tensor_pb2
 from lesft_server.planning import AcceptedPlan, as_planned, keep_plan
 from lesft_server.run import RunState
 from tests.harness import RunningServer, running_server, server_settings
 from tests.planning.harness import serving, spec_at
-from tests.server.harness import join, raw_channel, refusal_of
+from tests.server.harness import join, make_batch, raw_channel, refusal_of, step_messages
 
 
 def request_for(spec: RunSpec, **changes: Any) -> model_pb2.ApplyPlanRequest:
@@ -78,6 +79,29 @@ def test_a_plan_comes_too_late_once_a_client_has_joined(model: Path, tmp_path: P
     assert joined[0] is training[0] is OutOfOrder
     assert joined[1].startswith("clients have joined already (client-1)")
     assert training[1].startswith("the run has begun (training)")
+
+
+def test_a_plan_comes_too_late_for_a_run_that_began_before_its_server_was_started_again(
+    model: Path, tmp_path: Path
+) -> None:
+    """There is no checkpoint yet, and no client is back: but they hold parts of that cut."""
+    options: dict[str, Any] = {
+        "clients": 1,
+        "batch_size": 2,
+        "aggregation_interval": 2,
+        "rounds": 2,
+    }
+    with accepting(model, tmp_path, **options) as server, raw_channel(server.grpc) as channel:
+        session = join(channel, server.spec, "client-1")
+        session.send(*step_messages(make_batch(StepKey(0, 0))))
+        session.receive_step()
+    with accepting(model, tmp_path, **options) as server:
+        kind, message = refused(server.grpc, server.spec)
+    assert kind is OutOfOrder
+    assert message.startswith("the run has begun (waiting for clients)")
+    with accepting(model, tmp_path, fresh=True, **options) as server:
+        kind, message = refused(server.grpc, server.spec, cut_layer=0)
+    assert kind is InvalidInput
 
 
 def test_what_the_servers_own_options_could_not_be_a_plan_cannot_either(

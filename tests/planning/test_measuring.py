@@ -10,6 +10,7 @@ import grpc
 import pytest
 import torch
 
+from lesft.adapters import lora_parameters
 from lesft.cohort_batch import Part
 from lesft.errors import Busy, HandshakeMismatch, InvalidInput, TooLarge
 from lesft.link_probe import MAX_PIECE_BYTES, MAX_PROBE_BYTES
@@ -196,6 +197,20 @@ def test_measuring_takes_no_more_than_its_part_of_the_device(server: RunningServ
         measure()
     now[0] = 110.0
     measure()
+
+
+@pytest.mark.parametrize("train_front", [True, False])
+def test_what_is_measured_has_adapters_whatever_was_written_before(
+    train_front: bool, model: Path, tmp_path: Path
+) -> None:
+    """Without them, and where no gradient goes back to the cut, a step would have none at all."""
+    options: dict[str, Any] = {"train_front": train_front, "aggregate": False}
+    with running_server(server_settings(model, tmp_path, **options)) as server:
+        back = server.engine.back
+        for untuned in (False, True):
+            back.set_mode(dropout=False, untuned=untuned)
+            assert measure_back(back, Lengths((9,), (12,), (4,))).fixed_seconds > 0
+            assert all(parameter.requires_grad for parameter in lora_parameters(back.model))
 
 
 def test_measuring_in_the_midst_of_a_window_changes_nothing(model: Path, tmp_path: Path) -> None:

@@ -328,7 +328,7 @@ class Crew:
             self._step(StepKey(round_index, micro)) for micro in range(self._spec.accumulation)
         ]
         for front in self.fronts:
-            front.step()
+            front.step(round_index)
         return results
 
     def _step(self, key: StepKey) -> list[StepResult]:

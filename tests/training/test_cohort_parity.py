@@ -108,7 +108,7 @@ def train_batched(model: Path, spec: RunSpec) -> Training:
         for front, forward, result in zip(fronts, sent, results, strict=True):
             front.backward(forward, result)
             if key.micro == spec.accumulation - 1:
-                front.step()
+                front.step(key.round)
         training.losses.append([result.loss for result in results])
         training.class_counts.append([result.class_counts for result in results])
         training.cut_gradients.append([cut_gradient(result) for result in results])
