@@ -1,7 +1,7 @@
 """A run with a deadline and three clients, of which two suffice: it never waits for nobody."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,21 +132,8 @@ def test_a_round_that_nobody_can_end_stops_the_run_which_says_so(trio: Trio) -> 
     assert trio.server.engine.run.state is RunState.STOPPED
 
 
-def test_a_pause_holds_the_deadline(trio: Trio) -> None:
-    for session in (trio.a, trio.b):
-        session.send(*step_messages(make_batch(StepKey(0, 0))))
-    wait_until(lambda: trio.cohort.num_waiting == 2)
-    control = f"http://{trio.server.control}/v1"
-    httpx.post(f"{control}/pause")
-    time.sleep(2 * DEADLINE_SECONDS)
-    trio.c.send(*step_messages(make_batch(StepKey(0, 0))))
-    wait_until(lambda: trio.cohort._to_begin == StepKey(0, 1))
-    httpx.post(f"{control}/resume")
-    for session in (trio.a, trio.b, trio.c):
-        assert session.receive_step().micro == 0
-
-
-def test_the_deadline_begins_anew_when_a_pause_ends(trio: Trio) -> None:
+def pause_while_c_is_due(trio: Trio) -> Callable[[], httpx.Response]:
+    """Pause for longer than the deadline, once a and b have sent their parts; returns `resume`."""
     for session in (trio.a, trio.b):
         session.send(*step_messages(make_batch(StepKey(0, 0))))
     wait_until(lambda: trio.cohort.num_waiting == 2)
@@ -154,6 +141,20 @@ def test_the_deadline_begins_anew_when_a_pause_ends(trio: Trio) -> None:
     httpx.post(f"{control}/pause")
     time.sleep(2 * DEADLINE_SECONDS)
     assert trio.cohort._to_begin == StepKey(0, 0)
-    httpx.post(f"{control}/resume")
+    return lambda: httpx.post(f"{control}/resume")
+
+
+def test_a_pause_holds_the_deadline(trio: Trio) -> None:
+    resume = pause_while_c_is_due(trio)
+    trio.c.send(*step_messages(make_batch(StepKey(0, 0))))
+    trio.begun(StepKey(0, 0))
+    resume()
+    for session in (trio.a, trio.b, trio.c):
+        assert session.receive_step().micro == 0
+
+
+def test_the_deadline_begins_anew_when_a_pause_ends(trio: Trio) -> None:
+    resume = pause_while_c_is_due(trio)
+    resume()
     for session in (trio.a, trio.b):
         assert session.receive_step().micro == 0
