@@ -134,7 +134,7 @@ def test_the_back_trains_as_for_clients_whose_adapters_never_change(
     _, frozen = train_alone(model, tmp_path / "frozen", samples)
     settings = server_settings(model, tmp_path / "server", rounds=3, accumulation=2, threads=1)
     with running_server(settings) as server, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lesft_client.front.Front.step", lambda front: 0.0)
+        patch.setattr("lesft_client.front.Front.step", lambda front, round_index: 0.0)
         train_clients(server, model, [samples])
         assert_equal(adapters_of(server), frozen)
 
