@@ -4,6 +4,7 @@ A half is a safetensors file of float32 tensors under whole-model names. Its met
 `lesft`: a `HalfInfo` as canonical JSON, so that equal halves are equal bytes.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,13 @@ class AdapterHalf:
     info: HalfInfo
     tensors: dict[str, torch.Tensor]
     """float32, on the CPU, under whole-model names."""
+
+    def sha256(self) -> str:
+        """Of the tensors: what tells two halves of the same run and round apart."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+        return digest.hexdigest()
 
 
 def encode_half(half: AdapterHalf) -> bytes:

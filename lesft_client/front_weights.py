@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lesft.errors import BundleError, HandshakeMismatch, ModelError, OutOfOrder, TooLarge
 from lesft.files import sync_folder, write_atomically
+from lesft.hub import model_folder
 from lesft.interceptors import remote_errors
 from lesft.v1 import model_pb2, model_pb2_grpc
 from lesft.weights import Checkpoint, front_fingerprint
@@ -28,9 +29,10 @@ WEIGHTS_FILE = "model.safetensors"
 def local_checkpoint(model: str, weights: str) -> Checkpoint | None:
     """The model folder as a checkpoint when its weights are to be used, else None.
 
-    Raises ModelError when --weights local asks for weights that are not there.
+    With --weights local the hub's are fetched where `model` is one of its ids. Raises ModelError
+    when that asks for weights that are not there.
     """
-    folder = Path(model)
+    folder = model_folder(model) if weights == "local" else Path(model)
     has_weights = folder.is_dir() and any(folder.glob("*.safetensors"))
     if weights == "local" and not has_weights:
         raise ModelError(

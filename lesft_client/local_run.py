@@ -23,11 +23,9 @@ from lesft.weights import Checkpoint, front_fingerprint, load_back, load_front
 from lesft_client.back import LocalBack
 from lesft_client.data import EncodedSample
 from lesft_client.front import Front
-from lesft_client.recovery import ClientCheckpoints
+from lesft_client.recovery import ADAPTER_FOLDER, ClientCheckpoints
 from lesft_client.train_settings import TrainSettings
 from lesft_client.whole_model import WholeModel
-
-ADAPTER_FOLDER = "adapter"
 
 
 class LocalRun:

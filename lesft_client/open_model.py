@@ -4,12 +4,13 @@ import json
 import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lesft.adapter_halves import load_half
+from lesft.adapter_halves import AdapterHalf, load_half
 from lesft.adapters import attach_lora, load_lora_state
 from lesft.errors import HandshakeMismatch, InvalidInput
 from lesft.hub import model_folder
@@ -22,6 +23,7 @@ from lesft_client.front_decoder import FrontDecoder
 from lesft_client.language_model import LanguageModel
 from lesft_client.local_model import LocalModel, load_local_model
 from lesft_client.progress import ProgressDisplay
+from lesft_client.recovery import INSTANCE_FILE
 from lesft_client.renewal import renewing
 from lesft_client.run_front import describe_run, load_run_front
 from lesft_client.sequence_stream import Connection
@@ -79,6 +81,15 @@ def _check(settings: LanguageModelSettings) -> None:
         )
 
 
+def _trained_by(half: AdapterHalf, state: Path) -> str:
+    """The front's adapter and the name that its client had in the run.
+
+    Of a front that does not train, only the name tells on which samples the back was.
+    """
+    name = state / INSTANCE_FILE
+    return half.sha256() + (name.read_text() if name.is_file() else "")
+
+
 def _local(settings: LanguageModelSettings) -> LocalModel:
     folder = model_folder(settings.model)
     tokenizer = load_tokenizer(settings.model)
@@ -122,6 +133,7 @@ def _split(settings: LanguageModelSettings, connector: Connector) -> SplitModel:
         spec,
         fingerprint,
         half.info if half else None,
+        _trained_by(half, settings.state) if half and settings.state else "",
         settings.patience_seconds,
         settings.stall_seconds,
         wire,

@@ -11,15 +11,19 @@ from typing import Any
 
 import torch
 
+from lesft.adapter_halves import ADAPTER_FILE, SPEC_FILE
 from lesft.checkpoints import Checkpoint, CheckpointStore
 from lesft.errors import InvalidInput
 from lesft.files import when_there_is_room, write_atomically
 from lesft.wire import WireCounter
 from lesft_client.data import EncodedSample
-from lesft_client.status import Status
+from lesft_client.status import RESULT_FILE, Status
+
+ADAPTER_FOLDER = "adapter"
+"""Of a run without a server: the whole model's."""
 
 CHECKPOINTS_FOLDER = "checkpoints"
-_INSTANCE_FILE = "instance"
+INSTANCE_FILE = "instance"
 
 
 class ClientCheckpoints:
@@ -109,7 +113,7 @@ def instance_id(state: Path, samples: Sequence[EncodedSample]) -> str:
 
     The server keeps what it holds of a client under this name: with other samples it is another.
     """
-    path, data = state / _INSTANCE_FILE, _fingerprint(samples)
+    path, data = state / INSTANCE_FILE, _fingerprint(samples)
     if path.exists():
         name, _, data_then = path.read_text().partition(" ")
         if data_then == data:
@@ -121,8 +125,10 @@ def instance_id(state: Path, samples: Sequence[EncodedSample]) -> str:
 
 def drop_state(state: Path) -> None:
     """Forget what an earlier run left in a state folder."""
-    shutil.rmtree(state / CHECKPOINTS_FOLDER, ignore_errors=True)
-    (state / _INSTANCE_FILE).unlink(missing_ok=True)
+    for folder in (CHECKPOINTS_FOLDER, ADAPTER_FOLDER):
+        shutil.rmtree(state / folder, ignore_errors=True)
+    for file in (INSTANCE_FILE, ADAPTER_FILE, SPEC_FILE, RESULT_FILE):
+        (state / file).unlink(missing_ok=True)
 
 
 def _fingerprint(samples: Sequence[EncodedSample]) -> str:

@@ -48,11 +48,11 @@ class SplitModel:
         spec, half = context.spec, context.half
         model_name = spec.model_name.rpartition("/")[2]
         self.name = f"{spec.run_id}/{model_name}" if half else f"{model_name}-untuned"
-        # The server's half is known by the run and its rounds.
         facts = [
             context.front_fingerprint,
             spec.cut_layer,
             half and half.model_dump(),
+            context.trained_by,
             context.decoder.precision,
         ]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

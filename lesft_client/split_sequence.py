@@ -43,6 +43,8 @@ class SplitContext:
     """Of the front that was loaded."""
     half: HalfInfo | None
     """What the front's adapter is; None where front and back are to have none."""
+    trained_by: str
+    """What tells the adapters of both halves from others of the same settings; empty for none."""
     patience_seconds: float
     stall_seconds: float
     wire: WireCounter

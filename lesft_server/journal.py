@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from lesft.adapter_halves import ADAPTER_FILE, SPEC_FILE
 from lesft.checkpoints import Checkpoint, CheckpointStore
 from lesft.errors import RunStopped
 from lesft.files import when_there_is_room, write_atomically
@@ -131,5 +132,5 @@ def drop_journal(state: Path) -> None:
     """Forget what an earlier run left in a state folder."""
     for name in (CHECKPOINTS_FOLDER, LEDGER_FOLDER, SAMPLES_FOLDER):
         shutil.rmtree(state / name, ignore_errors=True)
-    for name in (BEGUN_FILE, DROPPED_FILE):
+    for name in (ADAPTER_FILE, BEGUN_FILE, DROPPED_FILE, SPEC_FILE):
         (state / name).unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """`lesft-testbed chaos`: whatever is killed or cut, the same adapters must come out."""
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 from lesft.commands import say
@@ -14,7 +15,7 @@ from lesft_testbed.chaos_result import (
     write_chaos_report,
 )
 from lesft_testbed.chaos_run import ChaosRun, samples_in_all
-from lesft_testbed.output import prepare_output
+from lesft_testbed.output import OUTPUT_USERS, locked_output, prepare_output
 from lesft_testbed.settings import ChaosSettings
 from lesft_testbed.tiny_model import save_tiny_data, save_tiny_model
 
@@ -30,7 +31,11 @@ def chaos(settings: ChaosSettings) -> str:
     InternalError when anything comes out differently, InvalidInput when the run was too short for
     all faults. chaos.json is there in the last two cases too.
     """
-    show = say if settings.progress == "lines" else _say_nothing
+    with locked_output(settings.output, OUTPUT_USERS):
+        return _chaos(settings, say if settings.progress == "lines" else _say_nothing)
+
+
+def _chaos(settings: ChaosSettings, show: Callable[[str], None]) -> str:
     output = settings.output
     prepare_output(output, _OURS)
     model = save_tiny_model(output / _MODEL, settings.seed)

@@ -1,6 +1,7 @@
 """The folder that a command leaves its results in."""
 
 import fcntl
+import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -8,18 +9,26 @@ from pathlib import Path
 
 from lesft.errors import InvalidInput
 
+LOCK_FILE = "lock"
 
-def prepare_output(output: Path, ours: Collection[str], suffixes: Collection[str] = ()) -> None:
+OUTPUT_USERS = "lesft-testbed run, serve or chaos"
+"""The commands that hold a run's folder."""
+
+
+def prepare_output(output: Path, ours: Collection[str], pattern: str = "") -> None:
     """An empty folder, without an earlier run's results.
 
-    Those are known by their names, `ours`, or their `suffixes`. Raises InvalidInput when there are
-    other files.
+    Those are known by their names: `ours`, or what the regular expression matches as a whole.
+    Raises InvalidInput when there are other files.
     """
-    if output.exists() and not output.is_dir():
-        raise InvalidInput(f"--output {output} must be a folder, but it is a file")
+    check_is_folder(output)
     output.mkdir(parents=True, exist_ok=True)
-    entries = list(output.iterdir())
-    foreign = sorted(e.name for e in entries if e.name not in ours and e.suffix not in suffixes)
+    entries = [entry for entry in output.iterdir() if entry.name != LOCK_FILE]
+    foreign = sorted(
+        entry.name
+        for entry in entries
+        if entry.name not in ours and not re.fullmatch(pattern, entry.name)
+    )
     if foreign:
         raise InvalidInput(
             f"--output {output} holds {foreign[0]!r}, which no run of the testbed has written: "
@@ -32,14 +41,21 @@ def prepare_output(output: Path, ours: Collection[str], suffixes: Collection[str
             entry.unlink()
 
 
+def check_is_folder(output: Path) -> None:
+    """Raises InvalidInput for a file."""
+    if output.exists() and not output.is_dir():
+        raise InvalidInput(f"--output {output} must be a folder, but it is a file")
+
+
 @contextmanager
 def locked_output(output: Path, command: str, hint: str = "") -> Iterator[None]:
     """Hold the folder for this process alone, making it first; the lock goes with the process.
 
     Raises InvalidInput when another one has it; `hint` ends the message.
     """
+    check_is_folder(output)
     output.mkdir(parents=True, exist_ok=True)
-    with (output / "lock").open("w") as lock:
+    with (output / LOCK_FILE).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

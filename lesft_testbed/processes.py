@@ -173,13 +173,21 @@ class Processes:
         ]
 
     def stop(self) -> None:
-        """End those that still run, the last started first, and wait for them."""
+        """End those that still run, the last started first, and wait for them.
+
+        Kills those that are left when their time is over, or at another Ctrl-C.
+        """
         processes = list(reversed(self.all.values()))
-        for process in processes:
-            process.ask_to_stop()
         deadline = time.monotonic() + _STOP_SECONDS
-        for process in processes:
-            process.wait(deadline - time.monotonic())
+        try:
+            for process in processes:
+                process.ask_to_stop()
+            for process in processes:
+                process.wait(deadline - time.monotonic())
+        except KeyboardInterrupt:
+            for process in processes:
+                process.wait(0)
+            raise
 
     def __enter__(self) -> "Processes":
         return self

@@ -9,6 +9,7 @@ from lesft.commands import say
 from lesft.control import ENDPOINTS_FILE
 from lesft.errors import NotFound
 from lesft_testbed.commands import client_name, serve_command, server_command
+from lesft_testbed.output import OUTPUT_USERS, locked_output
 from lesft_testbed.processes import Process, Processes
 from lesft_testbed.report import REPORT_FILE
 from lesft_testbed.settings import RunSettings, ServeSettings
@@ -42,7 +43,7 @@ def serve(settings: ServeSettings) -> None:
     Raises NotFound where no run with a server has finished, RunStopped when server or client fails.
     """
     commands = _read_commands(settings.output)
-    with Processes(settings.output) as processes:
+    with locked_output(settings.output, OUTPUT_USERS), Processes(settings.output) as processes:
         (processes.state_of("server") / ENDPOINTS_FILE).unlink(missing_ok=True)
         server = processes.start("server", commands["server"], append=True)
         say("starting the server")

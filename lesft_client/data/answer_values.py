@@ -40,10 +40,17 @@ def same_answer(extracted: str | None, expected: str) -> bool:
     """
     if extracted is None:
         return False
-    value = number_value(expected)
-    if value is not None:
-        return number_value(extracted) == value
+    if is_number(expected):
+        return number_value(extracted) == number_value(expected)
     return plain_answer(extracted).casefold() == plain_answer(expected).casefold()
+
+
+def is_number(answer: str) -> bool:
+    """Whether an answer is one number, with or without a unit; no date, range or address."""
+    match = _match_at_the_start(answer)
+    if match is None or _value(match) is None:
+        return False
+    return not any(character.isdigit() for character in match.string[match.end() :])
 
 
 def number_value(answer: str) -> Fraction | None:

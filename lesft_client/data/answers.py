@@ -4,8 +4,17 @@ import re
 
 MARK = "####"
 
-_NUMBER = re.compile(r"[$€£]?\s*(-?)[$€£]?(\d[\d,]*(?:\.\d+)?)(?![\d/:-]|\.\d)")
-_LETTER = re.compile(r"\(?([A-Z])(?:[).:]|$)")
+_NUMBER = re.compile(
+    r"""
+    [$€£]?\s*(-?)[$€£]?
+    ((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)
+    (?![/:-] | [A-Z] | (?:st|nd|rd|th)\b)                  # no time, name or ordinal
+    (?!\s*(?:hundred|thousand|[mbtr]+illion|dozen)\b)
+    [^\d]*                                                # a unit, but no other number
+    """,
+    re.ASCII | re.VERBOSE,
+)
+_LETTER = re.compile(r"\(?([A-Z])(?:[):]|\.?$)")
 
 
 def with_final_line(solution: str, answer: str) -> str:
@@ -23,11 +32,12 @@ def final_answer(text: str) -> str:
 def plain_answer(text: str) -> str:
     """An answer in the one form in which answers can be compared as strings.
 
-    A leading number stands alone and without commas (`$1,080 in all` is `1080`), a leading choice
-    is its letter (`B) bank` is `B`); any other text loses its outer spaces and full stop.
+    The one number that a text begins with stands alone and without commas (`$1,080 in all` is
+    `1080`), a leading choice is its letter (`B) bank` is `B`); any other text, such as a date, a
+    range or a name, loses its outer spaces and full stop.
     """
     text = text.strip()
-    if number := _NUMBER.match(text):
+    if number := _NUMBER.fullmatch(text):
         return number[1] + number[2].replace(",", "")
     if letter := _LETTER.match(text):
         return letter[1]

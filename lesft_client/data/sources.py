@@ -36,7 +36,8 @@ def load_samples(data: str, split: Split, count: int | None, seed: int) -> list[
       `validation.jsonl` (and `cose_train.jsonl` with explanations), or `train_dev.jsonl` and
       `test.jsonl`; which it is, the fields of its rows tell;
     - a JSONL file (see `jsonl`): a tenth of its prompts, drawn with the seed, is the test split,
-      and the rest is for training. Both calls must use the same seed.
+      and the rest is for training. Both calls must use the same seed; between them the file should
+      stay as it is, or prompts near the border change sides.
 
     A name goes before a file or folder of that name (`./gsm8k` means the folder). With `count`,
     that many samples are drawn with the seed; with None, all are returned in the order of the
@@ -124,6 +125,7 @@ def _split(samples: list[Sample], path: Path, split: Split, seed: int) -> list[S
             f"{path}: has one prompt only, which is for training; held-out samples need two or more"
         )
     num_train = min(len(prompts) - len(prompts) // _HELD_OUT_ONE_IN, max(1, len(prompts) - 1))
-    order = permutation(derive_seed(seed, "held out"), len(prompts))
-    held_out = {prompts[i] for i in order[num_train:]}
+    # By the prompt itself: where others come and go, few change sides.
+    prompts.sort(key=lambda prompt: derive_seed(seed, "held out", prompt))
+    held_out = set(prompts[num_train:])
     return [sample for sample in samples if (sample.prompt in held_out) == (split == "test")]

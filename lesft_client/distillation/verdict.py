@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from lesft_client.data.answer_values import boxes, same_answer, without_text_commands
+from lesft_client.data.answer_values import boxes, is_number, same_answer, without_text_commands
 from lesft_client.data.answers import MARK, plain_answer, with_final_line
 
 Fault = Literal["wrong", "unclear", "cut off", "empty", "no working", "refused"]
@@ -27,6 +27,7 @@ _MOST_UNIT_WORDS = 4
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _WRITTEN_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 _BARE_ANSWER = re.compile(r"[$€£]?\s*-?[$€£]?\d[\d,]*(?:\.\d+)?[.%]?|\(?[A-Z][).]?")
+_SEVERAL_NUMBERS = re.compile(r"[$€£]?\s*-?[$€£]?\d+(?:\.\d+)?(?:,\d|[^/:-].*\d)")
 _GROUPED_NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 _PHRASE = re.compile(r".*\banswer(?:\s+is\b\s*:?|\s*[:=])\s*", re.IGNORECASE | re.DOTALL)
 _CLOSING_LINE = re.compile(r"\s*(?:\\\]|\\\)|\$\$?|\*\*|`+)?\s*")
@@ -59,7 +60,8 @@ def judge(text: str, finish_reason: str | None, answer: str) -> Verdict:
     if not stated:
         return Verdict(fault="unclear")
     if not _is_right(stated, answer):
-        return Verdict(fault="wrong")
+        unclear = is_number(answer) and _SEVERAL_NUMBERS.match(stated)
+        return Verdict(fault="unclear" if unclear else "wrong")
     if not working:
         return Verdict(fault="no working")
     return Verdict(with_final_line(working, answer))

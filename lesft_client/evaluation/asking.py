@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from lesft.errors import InvalidInput
 from lesft.sampling import GREEDY, Sampling
 from lesft.seeds import derive_seed
-from lesft_client.data.answer_values import number_value, same_answer
+from lesft_client.data.answer_values import is_number, same_answer
 from lesft_client.evaluation.benchmark import Question
 from lesft_client.evaluation.extraction import (
     READINGS,
@@ -217,5 +217,5 @@ def read_all(text: str, question: Question, answer: Answer) -> dict[str, str | N
     """The answer in a text by every reading of that kind: its letter, or all READINGS."""
     if answer == "letter":
         return {"letter": choice_letter(text, question.choices)}
-    numeric = number_value(question.sample.answer) is not None
+    numeric = is_number(question.sample.answer)
     return {reading: read_answer(text, reading, numeric) for reading in READINGS}

@@ -51,7 +51,7 @@ def read_answer(text: str, reading: Reading, numeric: bool) -> str | None:
     None where there is no such thing.
     """
     if reading == "strict":
-        return _number_or_words(final_answer(text)) or None
+        return (_number_or_words if numeric else _words)(final_answer(text)) or None
     if reading == "boxed":
         inside = boxed(text)
         return (last_number(inside) if numeric else None) or plain_answer(inside) or None
@@ -73,6 +73,10 @@ def _number_or_words(answer: str) -> str:
         return number
     inside = boxed(answer)
     return _number_or_words(inside) if inside else answer
+
+
+def _words(answer: str) -> str:
+    return plain_answer(boxed(answer)) or answer
 
 
 # ---------------------------------------------------------------------- letters

@@ -1,5 +1,6 @@
 """What the run will bring this device to do: the micro-batches of its own data."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -95,5 +96,6 @@ def fresh_share(spec: RunSpec, num_samples: int) -> float:
         return 1.0
     drawn = spec.rounds * spec.accumulation * spec.batch_size
     epochs = max(1.0, drawn / num_samples)
+    last = math.ceil(epochs)
     every = spec.loss.reference_refresh if spec.loss.remembers_reference else 0
-    return 1 / min(epochs, every or epochs)
+    return sum(min(1.0, epochs - epoch) for epoch in range(0, last, every or last)) / epochs

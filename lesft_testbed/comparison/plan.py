@@ -97,12 +97,12 @@ class _Planner:
         self._data_sha256 = {data: data_sha256(data) for data in settings.data}
         self._folders = {(model or default_model): None for model in settings.models}
         for option, values in (("--models", self._folders), ("--data", settings.data)):
-            names = [short_name(value) for value in values]
+            names = [_slug(value) for value in values]
             twice = next((name for name in names if names.count(name) > 1), None)
             if twice:
                 raise InvalidInput(
-                    f"{option} must have values of different names, two are called {twice}: rename "
-                    "one, or compare them apart"
+                    f"{option} must have values of different names, two are called {twice} in the "
+                    "names of runs: rename one, or compare them apart"
                 )
 
     def places(self) -> Iterator[Place]:
@@ -215,7 +215,7 @@ def short_name(value: str) -> str:
 
 
 def _slug(value: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", short_name(value).lower()).strip("-.") or "unnamed"
+    return re.sub(r"[^\w.]+|_+", "-", short_name(value).lower()).strip("-.") or "unnamed"
 
 
 def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -461,6 +461,20 @@ def test_weights_come_from_the_folder_where_it_has_any_unless_the_server_is_aske
     assert local_checkpoint("owner/model-of-the-hub", "auto") is None
 
 
+def test_local_weights_of_a_hub_id_are_the_hubs(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def snapshot(repo: str, allow_patterns: list[str]) -> str:
+        assert repo == "owner/model-of-the-hub"
+        assert "*.safetensors" in allow_patterns
+        return str(model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    checkpoint = local_checkpoint("owner/model-of-the-hub", "local")
+    assert checkpoint is not None
+    assert checkpoint.folder == model
+
+
 def test_local_weights_that_are_not_there_are_an_error(tokenizer_only: Path) -> None:
     with pytest.raises(ModelError) as caught:
         local_checkpoint(str(tokenizer_only), "local")

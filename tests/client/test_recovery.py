@@ -169,13 +169,15 @@ def test_with_other_samples_a_client_is_another_instance(tmp_path: Path) -> None
     assert instance_id(tmp_path, SAMPLES[:-1]) == other
 
 
-def test_starting_anew_drops_checkpoints_and_instance_and_nothing_else(tmp_path: Path) -> None:
+def test_starting_anew_drops_what_an_earlier_run_left_and_nothing_else(tmp_path: Path) -> None:
     drop_state(tmp_path / "never was")
     before = instance_id(tmp_path, SAMPLES)
     make_checkpoints(tmp_path)[0].save(3, TENSORS)
-    (tmp_path / "result.json").write_text("{}")
+    for name in ("adapter.safetensors", "result.json", "run_spec.json", "notes.txt"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "adapter").mkdir()
     drop_state(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     assert not (tmp_path / CHECKPOINTS_FOLDER).exists()
     assert instance_id(tmp_path, SAMPLES) != before
     # Also those of another run, which is what it is for.

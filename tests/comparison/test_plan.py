@@ -154,6 +154,14 @@ def test_settings_that_cannot_be_are_refused(
 def test_two_models_of_one_name_are_refused() -> None:
     with pytest.raises(InvalidInput, match="two are called tiny"):
         plan_of("--models=a/tiny,b/tiny")
+    with pytest.raises(InvalidInput, match="two are called my-notes in the names of runs"):
+        plan_of("--data=My_Notes.jsonl,my-notes.jsonl")
+
+
+def test_data_of_names_in_any_script_have_runs_of_their_own() -> None:
+    runs = plan_of("--data=データ.jsonl,試験.jsonl").runs
+    assert len({run.name for run in runs}) == len(runs)
+    assert {run.data for run in runs} == {"データ.jsonl", "試験.jsonl"}
 
 
 def test_a_cut_outside_the_model_is_refused() -> None:

@@ -120,6 +120,17 @@ def test_a_tenth_of_a_file_is_held_out_and_the_rest_is_for_training(tmp_path: Pa
     assert test != load_samples(data, "test", None, 8)
 
 
+def test_prompts_that_come_and_go_move_few_others_to_the_other_side(tmp_path: Path) -> None:
+    def held_out(*numbers: int) -> set[str]:
+        data = write(tmp_path / "mine.jsonl", *map(own, numbers))
+        return {sample.prompt for sample in load_samples(data, "test", None, 0)}
+
+    before = held_out(*range(200))
+    assert len(before) == 20
+    for changed in (range(1, 200), range(220), [*range(100), *range(101, 200)]):
+        assert len(held_out(*changed) & {f"prompt {i}" for i in range(200)} - before) <= 2
+
+
 def test_a_prompt_on_several_lines_is_on_one_side_only(tmp_path: Path) -> None:
     data = write(tmp_path / "mine.jsonl", *(own(i % 5) for i in range(50)))
     for seed in range(5):

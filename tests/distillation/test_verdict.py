@@ -128,3 +128,19 @@ def test_an_answer_without_its_working_is_not_kept() -> None:
 def test_no_text_is_a_fault_of_its_own() -> None:
     assert judge(" \n", "stop", "18") == Verdict(fault="empty")
     assert fault("half a \ud83d\n#### 18") == "empty"
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("10,000-12,000", "10"),
+        ("21 March 1999", "21 April 1999"),
+        ("E. coli", "E"),
+        ("U.S. Supreme Court", "U.K. Supreme Court"),
+    ],
+)
+def test_an_answer_that_only_begins_with_a_number_or_a_letter_counts_as_a_whole(
+    right: str, wrong: str
+) -> None:
+    assert judge(f"so it is\n#### {right}", "stop", right).fault is None
+    assert judge(f"so it is\n#### {wrong}", "stop", right).fault == "wrong"

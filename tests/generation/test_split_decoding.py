@@ -258,6 +258,26 @@ def test_the_fine_tuned_model_writes_what_its_joined_adapter_writes(
     assert untuned != split
 
 
+def test_another_adapter_of_the_same_run_and_round_is_another_model(
+    tuned: Tuned, tmp_path: Path
+) -> None:
+    """One trained anew on better data has the same settings, and so has another client's own."""
+
+    async def fingerprint(model: LanguageModel) -> Any:
+        return model.fingerprint
+
+    half = load_half(tuned.state)
+    other = {name: tensor + 1 for name, tensor in half.tensors.items()}
+    save_half(tmp_path / ADAPTER_FILE, AdapterHalf(half.info, other))
+    mine = tuned.run(fingerprint, untuned=False, state=tuned.state)
+    assert tuned.run(fingerprint, untuned=False, state=tuned.state) == mine
+    assert tuned.run(fingerprint, untuned=False, state=tmp_path) != mine
+    save_half(tmp_path / ADAPTER_FILE, half)
+    assert tuned.run(fingerprint, untuned=False, state=tmp_path) == mine
+    (tmp_path / "instance").write_text("trained on other samples")
+    assert tuned.run(fingerprint, untuned=False, state=tmp_path) != mine
+
+
 def test_tuned_and_untuned_texts_can_be_written_at_the_same_time(tuned: Tuned) -> None:
     asked = prompts(4, seed=5)
 

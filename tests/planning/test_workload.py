@@ -40,7 +40,8 @@ def test_micro_batches_visit_each_sample_once_an_epoch() -> None:
     [
         ({"loss": LossSpec()}, 1.0),
         ({"loss": LossSpec(reference_refresh=0)}, 1 / 5),
-        ({"loss": LossSpec(reference_refresh=2)}, 1 / 2),
+        ({"loss": LossSpec(reference_refresh=2)}, 3 / 5),
+        ({"loss": LossSpec(reference_refresh=3)}, 2 / 5),
         ({"loss": LossSpec(reference_refresh=9)}, 1 / 5),
         ({"train_front": False}, 1 / 5),
         ({"train_front": False, "rounds": 1}, 1.0),

@@ -1,5 +1,6 @@
 """Services as processes: started, watched, blamed for the right thing, always ended."""
 
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -92,6 +93,31 @@ def test_the_peak_of_memory_outlives_what_was_freed(tmp_path: Path) -> None:
         process.wait(20)
     assert process.measure_memory() == 0
     assert process.peak_rss_bytes > 200 << 20
+
+
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, lambda *_: print('no', flush=True))"
+IMPATIENT = f"""
+import os, signal, sys, time
+from pathlib import Path
+from lesft_testbed.processes import Processes
+stubborn = {STUBBORN!r} + "; print('up', flush=True); " + {SLEEP!r}
+with Processes(Path(sys.argv[1])) as processes:
+    process = processes.start("server", [sys.executable, "-c", stubborn])
+    while process.log_tail(1) != "up":
+        time.sleep(0.01)
+    print(process.pid, flush=True)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    raise KeyboardInterrupt
+"""
+
+
+def test_a_second_ctrl_c_leaves_no_service_behind(tmp_path: Path) -> None:
+    command = [*python(IMPATIENT), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, timeout=60)
+    assert done.stderr.strip().endswith(b"KeyboardInterrupt")
+    assert not psutil.pid_exists(int(done.stdout))
+    assert (tmp_path / "server.log").read_text().endswith("no\n")
 
 
 def test_a_failure_names_the_service_how_it_ended_and_the_end_of_its_log(tmp_path: Path) -> None:
