@@ -11,7 +11,7 @@ _WAY_OUT = "a receipt is good for one client and one version: hand in what the s
 def check_receipt(verifier: Verifier, submission: pb.Submission, run_fingerprint: str) -> Statement:
     """Refuse a submission that the server does not vouch for, in every figure that counts.
 
-    `run_fingerprint` is that of the receipts before, empty while there was none since the start.
+    `run_fingerprint` is that of submissions before, empty while there was none since the start.
     Returns what the server has signed. Raises NotAllowed.
     """
     if not submission.HasField("receipt"):
@@ -37,3 +37,16 @@ def check_receipt(verifier: Verifier, submission: pb.Submission, run_fingerprint
                 f"submission; {_WAY_OUT}"
             )
     return statement
+
+
+def check_run_instance(ours: str, theirs: str) -> None:
+    """Refuse a receipt of another run than that of the first submission, though of its settings.
+
+    Raises NotAllowed.
+    """
+    if ours and ours != theirs:
+        raise NotAllowed(
+            f"receipt: run_instance is {theirs!r} by the server's receipt, and {ours!r} of the "
+            "submissions before: it is of an earlier run, or the server was begun anew with "
+            "--fresh; then do so here, too"
+        )

@@ -40,6 +40,7 @@ from lesft_aggregator.admission import (
 )
 from lesft_aggregator.mean import weighted_mean
 from lesft_aggregator.norms import AdapterNorms
+from lesft_aggregator.receipts import check_run_instance
 from lesft_aggregator.settings import AggregatorSettings
 from lesft_aggregator.store import Store
 from lesft_aggregator.tables import Adapter, Submission
@@ -196,23 +197,37 @@ class Rounds:
         data: bytes,
         encoding: AdapterEncoding = "raw",
         base_crc32: int = 0,
+        run_instance: str | None = None,
     ) -> Receipt:
         """Keep a client's adapter. The same submission again gets its answer again.
 
-        `base_crc32` says what it is a change to, where it is encoded as one. Raises what `check`
-        raises, HandshakeMismatch for a change to something else, BundleError for bytes that cannot
-        be averaged, OutOfOrder for other bytes than the client's earlier ones for the same version.
+        `base_crc32` says what it is a change to, where it is encoded as one, and `run_instance`
+        which run of the server's it is of, where the server vouches for it. Raises what `check`
+        raises, HandshakeMismatch for a change to something else, NotAllowed for another run,
+        BundleError for bytes that cannot be averaged, OutOfOrder for other bytes than the client's
+        earlier ones for the same version.
         """
         self._check_base(client, base_version, encoding, base_crc32)
-        return await self._in_turn(lambda: self._submit(client, base_version, data, encoding))
+        return await self._in_turn(
+            lambda: self._submit(client, base_version, data, encoding, run_instance)
+        )
 
     async def _submit(
-        self, client: Introduction, base_version: int, data: bytes, encoding: AdapterEncoding
+        self,
+        client: Introduction,
+        base_version: int,
+        data: bytes,
+        encoding: AdapterEncoding,
+        run_instance: str | None,
     ) -> Receipt:
         self.check(client, base_version)
+        if run_instance is not None:
+            check_run_instance(self._store.run_instance(), run_instance)
         known = self._store.submission(base_version, client.client_id)
         if known is None:
-            await self._when_there_is_room(lambda: self._keep(client, base_version, data, encoding))
+            await self._when_there_is_room(
+                lambda: self._keep(client, base_version, data, encoding, run_instance or "")
+            )
         else:
             await asyncio.to_thread(_check_repeat, known, client, data)
         received = self._store.submissions(base_version)
@@ -228,7 +243,12 @@ class Rounds:
         return Receipt(base_version + 1, len(received), known is not None)
 
     def _keep(
-        self, client: Introduction, base_version: int, sent: bytes, encoding: AdapterEncoding
+        self,
+        client: Introduction,
+        base_version: int,
+        sent: bytes,
+        encoding: AdapterEncoding,
+        run_instance: str,
     ) -> None:
         data = sent
         if encoding != "raw":
@@ -246,6 +266,7 @@ class Rounds:
             layout,
             sha256=hashlib.sha256(sent).hexdigest(),
             encoding=encoding,
+            run_instance=run_instance,
         )
 
     def _check_base(

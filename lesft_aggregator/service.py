@@ -19,6 +19,7 @@ from lesft.tracing import span
 from lesft.v1 import aggregation_pb2 as pb
 from lesft.v1.aggregation_pb2_grpc import AggregationServiceServicer
 from lesft.v1.heartbeat_pb2 import Heartbeat
+from lesft.v1.receipt_pb2 import Statement
 from lesft.v1.tensor_pb2 import BundleInfo, Chunk
 from lesft_aggregator.adapters import most_bytes
 from lesft_aggregator.admission import Introduction, check_name
@@ -83,9 +84,9 @@ class AggregationService(AggregationServiceServicer):
     async def _submit(self, requests: AsyncIterator[pb.SubmitRequest], context: Context) -> Receipt:
         header = await self._header(requests)
         check_acts_for_itself(context, header.client_id)
+        vouched: Statement | None = None
         if self._verifier is not None:
             vouched = check_receipt(self._verifier, header, self._rounds.run_fingerprint)
-            self._rounds.run_fingerprint = vouched.run_fingerprint
         client = Introduction(header.client_id, header.run_id, header.num_samples)
         self._rounds.check(client, header.base_version)
         note(client=header.client_id, version=header.base_version + 1)
@@ -98,9 +99,17 @@ class AggregationService(AggregationServiceServicer):
         with self._one_more_of(header.client_id), traced:
             async with self._intake.room(header.bundle.total_bytes):
                 data = await self._receive(header.client_id, header.bundle, requests)
-                return await self._rounds.submit(
-                    client, header.base_version, data, encoding, header.base_crc32
+                receipt = await self._rounds.submit(
+                    client,
+                    header.base_version,
+                    data,
+                    encoding,
+                    header.base_crc32,
+                    vouched and vouched.run_instance,
                 )
+        if vouched is not None:
+            self._rounds.run_fingerprint = vouched.run_fingerprint
+        return receipt
 
     @contextmanager
     def _one_more_of(self, client_id: str) -> Iterator[None]:

@@ -83,6 +83,11 @@ class Store:
             layout = session.scalars(select(Run)).one().layout
         return layout and {name: tuple(shape) for name, shape in layout.items()}
 
+    def run_instance(self) -> str:
+        """Of the server's run that the submissions so far are of; empty while none says."""
+        with self._session() as session:
+            return session.scalars(select(Run)).one().instance
+
     def clients(self) -> Sequence[Client]:
         """All clients, by name."""
         with self._session() as session:
@@ -163,18 +168,20 @@ class Store:
         layout: Layout,
         sha256: str = "",
         encoding: AdapterEncoding = "raw",
+        run_instance: str = "",
     ) -> None:
         """Keep a submission; it would survive a power cut when this returns.
 
         `sha256` is of what the client sent, in `encoding`, where `data` was made from that. The
-        first of the run fixes the layout. Raises OSError when the disk does not take it; nothing
-        has changed then.
+        first of the run fixes the layout and the `run_instance`. Raises OSError when the disk does
+        not take it; nothing has changed then.
         """
         write_atomically(self.submission_path(base_version, client_id), data)
         with _full_disk_as_oserror(), self._session() as session, session.begin():
             _remember(session, client_id, num_samples)
             run = session.scalars(select(Run)).one()
             run.layout = run.layout or dict(layout)
+            run.instance = run.instance or run_instance
             session.add(
                 Submission(
                     base_version=base_version,

@@ -29,6 +29,8 @@ class Run(Table):
     run_id: Mapped[str] = mapped_column(primary_key=True)
     layout: Mapped[dict[str, Any] | None]
     """Shape of each tensor by name; null until the first submission."""
+    instance: Mapped[str] = mapped_column(default="")
+    """Of the server's run, by the receipt of the first submission; empty without receipts."""
 
 
 class Client(Table):

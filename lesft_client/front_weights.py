@@ -7,12 +7,20 @@ just the front's tensors, named by its fingerprint. A cut download goes on where
 import fcntl
 import logging
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lesft.errors import BundleError, HandshakeMismatch, ModelError, OutOfOrder, TooLarge
+from lesft.errors import (
+    BundleError,
+    HandshakeMismatch,
+    ModelError,
+    OutOfOrder,
+    TooLarge,
+    one_line,
+)
 from lesft.files import sync_folder, write_atomically
 from lesft.hub import model_folder
 from lesft.interceptors import remote_errors
@@ -24,6 +32,7 @@ from lesft_client.patience import patiently
 log = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
+_FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def local_checkpoint(model: str, weights: str) -> Checkpoint | None:
@@ -54,9 +63,14 @@ def fetched_checkpoint(
     """The run's front from the cache, fetched into it first where it is not there yet.
 
     `progress` is told the bytes done and the bytes in all. Raises HandshakeMismatch when what came
-    does not have the fingerprint that the server named; it is deleted then.
+    does not have the fingerprint that the server named, and is deleted then, or when that is none.
     """
     fingerprint = description.spec.front_fingerprint
+    if not _FINGERPRINT.fullmatch(fingerprint):  # it names a folder
+        raise HandshakeMismatch(
+            f"{party}: front_fingerprint must be sha256: and 64 hex digits, got "
+            f"{one_line(fingerprint)!r}; is it a LESFT server?"
+        )
     folder = cache / f"front-{fingerprint.removeprefix('sha256:')[:32]}"
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):

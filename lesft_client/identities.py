@@ -19,6 +19,7 @@ from lesft.identity.certificates import (
     key_pem,
     new_key,
     now,
+    pem,
     private_folder,
     private_key,
     write_private,
@@ -58,7 +59,9 @@ class Identity:
         self._folder = folder
         try:
             self.facts = Facts(**json.loads((folder / _FACTS_FILE).read_text()))
-            self.authority_pem = (folder / _AUTHORITY_FILE).read_bytes()
+            self._authority = x509.load_pem_x509_certificate(
+                (folder / _AUTHORITY_FILE).read_bytes()
+            )
             self._pair()
         except (OSError, ValueError, TypeError) as error:
             raise InvalidInput(
@@ -85,9 +88,14 @@ class Identity:
         return certificate.not_valid_after_utc, certificate.not_valid_before_utc + BACKDATED
 
     @property
+    def authority_pem(self) -> bytes:
+        """The one certificate that the service's own must be signed with."""
+        return pem(self._authority)
+
+    @property
     def authority_sha256(self) -> bytes:
         """By which the service is known again; as in its tokens."""
-        return hashlib.sha256(der(x509.load_pem_x509_certificate(self.authority_pem))).digest()
+        return hashlib.sha256(der(self._authority)).digest()
 
     @property
     def pair_file(self) -> Path:

@@ -481,6 +481,7 @@ class Cohort:
                     rounds=key.round + 1,
                     num_samples=run.members[name].num_samples,
                     samples_trained=run.members[name].samples_trained,
+                    run_instance=self._journal.run_instance,
                 )
             )
             for name in names

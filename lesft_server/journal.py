@@ -6,6 +6,7 @@ thread: the next step runs while the answers of the one before are written.
 
 import asyncio
 import json
+import secrets
 import shutil
 import threading
 import time
@@ -55,20 +56,26 @@ class Journal:
         dropped = state / DROPPED_FILE
         self.dropped: list[str] = json.loads(dropped.read_text()) if dropped.exists() else []
         """The clients that an operator has dropped."""
-        self.has_begun = self.newest is not None or (state / BEGUN_FILE).exists()
-        """Whether a first step was taken, of which clients may have the answers."""
+        begun = state / BEGUN_FILE
+        self.run_instance = begun.read_text() if begun.exists() else ""
+        """Random, from the first step on: what tells this run from another of the same settings."""
         self.safe_since = time.monotonic()
         """Work done before this moment would survive a crash: that of the newest checkpoint."""
         self.checkpoint_seconds: float | None = None
         """How long the newest checkpoint of this process took."""
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a first step was taken, of which clients may have the answers."""
+        return bool(self.run_instance) or self.newest is not None
+
     async def begin(self) -> None:
         """Keep for good that the first step is about to be taken."""
-        if not self.has_begun:
-            file = self._state / BEGUN_FILE
-            await self._run(lambda: self._with_room(lambda: write_atomically(file, b"")))
-            self.has_begun = True
+        if not self.run_instance:
+            file, name = self._state / BEGUN_FILE, secrets.token_hex(16)
+            await self._run(lambda: self._with_room(lambda: write_atomically(file, name.encode())))
+            self.run_instance = name
 
     async def append(self, make_entries: Callable[[], Sequence[Entry]]) -> None:
         """Keep the answers of a step; they are made on the journal's thread."""

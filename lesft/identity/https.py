@@ -12,7 +12,7 @@ from cryptography import x509
 
 from lesft.channel import check_open, split_address
 from lesft.errors import NotAuthenticated, Unreachable, error_for_http, one_line
-from lesft.identity.certificates import der
+from lesft.identity.certificates import der, pem
 
 _TIMEOUT_SECONDS = 20
 _MAX_ANSWER_BYTES = 16 << 20
@@ -30,18 +30,18 @@ def fetch_authority(address: str, sha256: bytes) -> bytes:
     unverified = ssl.create_default_context()
     unverified.check_hostname = False
     unverified.verify_mode = ssl.CERT_NONE
-    pem = _checked(address, _exchange(address, unverified, None, "GET", "/v1/authority", None, {}))
+    came = _checked(address, _exchange(address, unverified, None, "GET", "/v1/authority", None, {}))
     try:
-        found = hashlib.sha256(der(x509.load_pem_x509_certificate(pem))).digest()
+        certificate = x509.load_pem_x509_certificate(came)
     except ValueError:
-        found = b""
-    if found != sha256:
+        certificate = None
+    if certificate is None or hashlib.sha256(der(certificate)).digest() != sha256:
         raise NotAuthenticated(
             f"{address} is not the service that the token is of: its authority is another one. The "
             "address may be wrong, the service may have lost its state folder, or someone on the "
             "way pretends to be it; ask the operator for a new token"
         )
-    return pem
+    return pem(certificate)  # and no other that may have come with it
 
 
 class ControlClient:

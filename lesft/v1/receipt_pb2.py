@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16lesft/v1/receipt.proto\x12\x08lesft.v1\"/\n\x07Receipt\x12\x11\n\tstatement\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x9b\x01\n\tStatement\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x17\n\x0frun_fingerprint\x18\x02 \x01(\t\x12\x11\n\tclient_id\x18\x03 \x01(\t\x12\x14\n\x0c\x62\x61se_version\x18\x04 \x01(\r\x12\x0e\n\x06rounds\x18\x05 \x01(\r\x12\x13\n\x0bnum_samples\x18\x06 \x01(\x04\x12\x17\n\x0fsamples_trained\x18\x07 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16lesft/v1/receipt.proto\x12\x08lesft.v1\"/\n\x07Receipt\x12\x11\n\tstatement\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\xb1\x01\n\tStatement\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x17\n\x0frun_fingerprint\x18\x02 \x01(\t\x12\x11\n\tclient_id\x18\x03 \x01(\t\x12\x14\n\x0c\x62\x61se_version\x18\x04 \x01(\r\x12\x0e\n\x06rounds\x18\x05 \x01(\r\x12\x13\n\x0bnum_samples\x18\x06 \x01(\x04\x12\x17\n\x0fsamples_trained\x18\x07 \x01(\x04\x12\x14\n\x0crun_instance\x18\x08 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,5 +34,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RECEIPT']._serialized_start=36
   _globals['_RECEIPT']._serialized_end=83
   _globals['_STATEMENT']._serialized_start=86
-  _globals['_STATEMENT']._serialized_end=241
+  _globals['_STATEMENT']._serialized_end=263
 # @@protoc_insertion_point(module_scope)

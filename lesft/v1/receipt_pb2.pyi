@@ -55,6 +55,7 @@ class Statement(_message.Message):
     ROUNDS_FIELD_NUMBER: _builtins.int
     NUM_SAMPLES_FIELD_NUMBER: _builtins.int
     SAMPLES_TRAINED_FIELD_NUMBER: _builtins.int
+    RUN_INSTANCE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Name of the run."""
     run_fingerprint: _builtins.str
@@ -69,6 +70,8 @@ class Statement(_message.Message):
     """Size of the client's data set |D_i| in samples, as it has weighted the client in the loss."""
     samples_trained: _builtins.int
     """Samples of the client, repeats counted, that went through the model in these rounds."""
+    run_instance: _builtins.str
+    """Random, and the same for all receipts of one run of the server: begun anew, it has another one."""
     def __init__(
         self,
         *,
@@ -79,10 +82,11 @@ class Statement(_message.Message):
         rounds: _builtins.int = ...,
         num_samples: _builtins.int = ...,
         samples_trained: _builtins.int = ...,
+        run_instance: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_version", b"base_version", "client_id", b"client_id", "num_samples", b"num_samples", "rounds", b"rounds", "run_fingerprint", b"run_fingerprint", "run_id", b"run_id", "samples_trained", b"samples_trained"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_version", b"base_version", "client_id", b"client_id", "num_samples", b"num_samples", "rounds", b"rounds", "run_fingerprint", b"run_fingerprint", "run_id", b"run_id", "run_instance", b"run_instance", "samples_trained", b"samples_trained"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

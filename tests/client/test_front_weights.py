@@ -446,6 +446,14 @@ def test_a_cached_front_that_was_damaged_on_disk_is_fetched_anew(
     assert_is_the_front(fetcher.fetch(), model)
 
 
+@pytest.mark.parametrize("name", ["/../../../.docker", "sha256:/../../models", "", "sha256:AB"])
+def test_a_server_cannot_choose_where_it_is_written_to(fetcher: Fetcher, name: str) -> None:
+    fetcher.description.spec.front_fingerprint = name
+    with pytest.raises(HandshakeMismatch, match="must be sha256: and 64 hex digits, got"):
+        fetcher.fetch()
+    assert not fetcher.cache.exists()
+
+
 # ---------------------------------------------------------------------- the folder's own weights
 
 

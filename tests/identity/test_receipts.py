@@ -23,6 +23,7 @@ TRUE: dict[str, Any] = {
     "rounds": 3,
     "num_samples": 10,
     "samples_trained": 30,
+    "run_instance": "today's",
 }
 
 
@@ -136,3 +137,37 @@ def test_only_what_the_server_vouches_for_is_averaged_and_after_a_restart_too(
 
     run_aggregator(settings, first)
     run_aggregator(settings, second)
+
+
+def test_a_receipt_of_an_earlier_run_of_the_same_settings_is_refused(tmp_path: Path) -> None:
+    attester = Attester(tmp_path / "server")
+    settings = settings_for(tmp_path / "aggregator", server_key=attester.public_key)
+    old = vouched(attester, client_id="b", num_samples=9000, run_instance="last year's")
+
+    async def first(aggregator: Aggregator, caller: Caller, addresses: Any) -> None:
+        assert (await caller.submit("a", receipt=vouched(attester))).received == 1
+        await still_refused(aggregator, caller, addresses)
+
+    async def still_refused(aggregator: Aggregator, caller: Caller, addresses: Any) -> None:
+        error = await error_of(caller.submit("b", num_samples=9000, receipt=old))
+        assert isinstance(error, NotAllowed)
+        assert "run_instance is \"last year's\" by the server's receipt" in str(error)
+
+    run_aggregator(settings, first)
+    run_aggregator(settings, still_refused)
+
+
+def test_a_receipt_that_is_refused_shuts_nobody_out(tmp_path: Path) -> None:
+    """Genuine, of another run of the same server, and the first that the aggregator sees."""
+    attester = Attester(tmp_path / "server")
+    settings = settings_for(tmp_path / "aggregator", server_key=attester.public_key)
+    other = {"run_id": "last-year", "base_version": 7}
+    receipt = vouched(attester, client_id="b", run_fingerprint="sha256:other", **other)
+
+    async def scenario(aggregator: Aggregator, caller: Caller, addresses: Any) -> None:
+        error = await error_of(caller.submit("b", receipt=receipt, **other))
+        assert isinstance(error, HandshakeMismatch)
+        await caller.join("a", run_fingerprint="sha256:run")
+        assert (await caller.submit("a", receipt=vouched(attester))).received == 1
+
+    run_aggregator(settings, scenario)

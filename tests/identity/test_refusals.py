@@ -10,11 +10,13 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
 from lesft.errors import InvalidInput, NotAllowed, NotAuthenticated
+from lesft.identity import https
 from lesft.identity.authority import SERVER_LIFETIME, Authority
 from lesft.identity.certificates import KeyPair
 from lesft.identity.commands import token
@@ -283,6 +285,35 @@ def test_the_secret_is_not_sent_to_a_service_of_another_authority(
         with pytest.raises(NotAuthenticated, match="is not the service that the token is of"):
             enrol_with(lured, tmp_path / "identity")
     enrol_with(ticket, tmp_path / "identity")  # nobody has used it
+
+
+def test_what_comes_along_with_the_right_authority_is_not_trusted(
+    service: RunningAggregator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Someone on the way answers with the service's own certificate and one more."""
+    ticket = service.invite("victim")
+    real, exchange = service.authority.certificate_pem, https._exchange
+
+    with secure_aggregator(tmp_path / "pretender") as pretender:
+
+        def on_the_way(address: str, *args: Any) -> tuple[int, bytes]:
+            if args[3] == "/v1/authority":
+                return 200, real + pretender.authority.certificate_pem
+            return exchange(pretender.control, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(https, "_exchange", on_the_way)
+            with pytest.raises(NotAuthenticated, match="its certificate is not of the authority"):
+                enrol_with(ticket, tmp_path / "identity")
+    enrol_with(ticket, tmp_path / "identity")
+    identity = Identities(tmp_path / "identity").find(ticket.address)
+    assert identity is not None
+    assert identity.authority_pem == real
+    (file,) = (tmp_path / "identity").rglob("authority.pem")
+    file.write_bytes(real + pretender.authority.certificate_pem)  # of before this was mended
+    again = Identities(tmp_path / "identity").find(ticket.address)
+    assert again is not None
+    assert again.authority_pem == real
 
 
 # ---------------------------------------------------------------------- the control API
