@@ -1,11 +1,13 @@
 """The part of the control API that all services share, on an app of its own."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +16,10 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter
 
+from lesft import bad_requests
 from lesft.control import ControlServer, make_control_app, write_endpoints
 from lesft.errors import STATUS, InvalidInput, LesftError, Unreachable
+from tests.server.harness import wait_until
 
 REASONS: list[str] = []
 
@@ -159,3 +163,55 @@ def test_endpoints_are_written_whole(tmp_path: Path) -> None:
         "control": "127.0.0.1:4",
     }
     assert [path.name for path in tmp_path.iterdir()] == ["endpoints.json"]
+
+
+UNFINISHED = {
+    "nothing": (b"", b""),
+    "half a head": (b"GET / HT", b"T"),
+    "a body": (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n{", b" "),
+    "another request": (b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n", b"G"),
+}
+
+
+@pytest.mark.parametrize("what", UNFINISHED)
+def test_a_request_that_is_never_finished_holds_no_connection(
+    what: str, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bad_requests, "REQUEST_SECONDS", 0.5)
+    begin, drop = UNFINISHED[what]
+    with connection(client) as stranger:
+        stranger.sendall(begin)
+        began = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < began + 10:  # a drop at a time does not help
+                stranger.sendall(drop)
+                time.sleep(0.05)
+                with contextlib.suppress(BlockingIOError):
+                    if stranger.recv(4096, socket.MSG_DONTWAIT) == b"":
+                        break
+        assert 0.3 < time.monotonic() - began < 8
+
+
+def test_connections_are_bounded(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bad_requests, "MAX_CONNECTIONS", 2)
+    with (
+        connection(client),
+        connection(client),
+        connection(client) as third,
+        contextlib.suppress(ConnectionResetError),
+    ):
+        assert third.recv(1) == b""
+    wait_until(lambda: is_served(client))
+
+
+def connection(client: httpx.Client) -> socket.socket:
+    made = socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=10)
+    time.sleep(0.05)  # so that they come in turn
+    return made
+
+
+def is_served(client: httpx.Client) -> bool:
+    try:
+        return client.get("/healthz").status_code == 200
+    except httpx.TransportError:
+        return False
