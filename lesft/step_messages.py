@@ -19,7 +19,7 @@ from lesft.v1 import training_pb2
 _ID_BYTES = 4
 _MAX_FLOAT_BYTES = 4
 
-MAX_ACTIVATION = 1e15
+MAX_ACTIVATION = 1e12
 """Largest activation that the server takes, in magnitude: far above what any model computes, and
 far enough below float32's end that squares, their sums over a row, and gradients stay finite."""
 

@@ -9,7 +9,7 @@ import torch
 
 from lesft.adapter_codec import FloatArray, checksum, decode, decoded_bytes, encode
 from lesft.bundle import BundleReader, bundle_chunks, bundle_info
-from lesft.errors import BundleError, OutOfOrder, Unreachable
+from lesft.errors import BundleError, OutOfOrder, Unreachable, one_line
 from lesft.interceptors import remote_errors
 from lesft.spec import PROTOCOL_VERSION, AdapterEncoding
 from lesft.spec_messages import adapter_encoding, adapter_encoding_to_message
@@ -222,7 +222,7 @@ class Aggregator:
             kind = response.WhichOneof("message")
             if kind == "heartbeat" and reader is None:
                 self._wire.add("down", "other", response.ByteSize())
-                self._on_waiting(response.heartbeat.waiting_for)
+                self._on_waiting(one_line(response.heartbeat.waiting_for))
                 continue
             self._heard += 1
             self._wire.add("down", "adapters", response.ByteSize())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import grpc
 
 from lesft.bundle import BundleReader, bundle_chunks
-from lesft.errors import BundleError, LesftError, OutOfOrder, Unreachable
+from lesft.errors import BundleError, LesftError, OutOfOrder, Unreachable, one_line
 from lesft.interceptors import error_from
 from lesft.micro_batch import MicroBatch, Path, StepResult, Targets
 from lesft.step_messages import (
@@ -157,7 +157,7 @@ class Stream:
             if kind != "heartbeat":
                 return self._read_answer(response, asked())
             self._wire.add("down", "other", response.ByteSize())
-            on_heartbeat(response.heartbeat.waiting_for)
+            on_heartbeat(one_line(response.heartbeat.waiting_for))
         return None
 
     def _next(self) -> training_pb2.TrainResponse | None:

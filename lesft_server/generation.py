@@ -1,7 +1,9 @@
 """The sequences that clients are writing: their room in memory, and their steps in batches."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence as Several
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +16,9 @@ from lesft.errors import Busy, HandshakeMismatch, InvalidInput, OutOfOrder, TooL
 from lesft.inference_messages import Question, Reply, TokenAt, TokenScore, TopLogits, num_places
 from lesft.next_token import choose_token
 from lesft.sampling import Sampling
+
+_LEFT_TO_OTHERS = 8
+"""One in so many places, and of the room, is for clients that have no text under way."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,9 @@ class Generation:
         self.bytes_per_token = cache_bytes_per_token(back.model.config, back.model.dtype)
         self.bytes_reserved = 0
         self.sequences: set[ServedSequence] = set()
+        self._of_clients: Counter[str] = Counter()
+        # A thread of its own: training must not wait behind what texts ask to be drawn.
+        self._drawing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draws")
         self.tokens = 0
         """Tokens that have gone through the back for inference."""
 
@@ -97,8 +105,8 @@ class Generation:
         """Batches so far, and steps in them."""
         return self._batcher.batches, self._batcher.requests
 
-    def open(self, options: SequenceOptions) -> "ServedSequence":
-        """A new sequence, with room for all of it.
+    def open(self, options: SequenceOptions, client: str = "") -> "ServedSequence":
+        """A new sequence of a client, with room for all of it.
 
         Raises TooLarge when it can never have that room, Busy when it cannot now.
         """
@@ -109,20 +117,23 @@ class Generation:
                 f"a sequence may have {most} tokens here, prompt and text together, got "
                 f"{options.capacity}: shorten the prompt or ask for fewer tokens"
             )
-        if len(self.sequences) == self.max_sequences:
+        # Who has a text under way leaves the last places, and the last room, to others.
+        part = 1 / _LEFT_TO_OTHERS if self._of_clients[client] else 0
+        if len(self.sequences) >= self.max_sequences - int(part * self.max_sequences):
             raise Busy(
-                f"{self.max_sequences} texts are being written, which is all that this server "
-                "takes: try again in a while"
+                f"{len(self.sequences)} texts are being written, of {self.max_sequences} that this "
+                "server takes; the last places are for clients that have none: try again in a while"
             )
-        if self.bytes_reserved + size > self.cache_bytes:
+        if self.bytes_reserved + size > self.cache_bytes - int(part * self.cache_bytes):
             raise Busy(
                 f"{_mib(self.bytes_reserved)} of {_mib(self.cache_bytes)} for keys and values are "
                 f"taken by other texts ({len(self.sequences)}), and {_mib(size)} are needed: try "
                 "again in a while or ask for fewer tokens"
             )
         self.bytes_reserved += size
-        sequence = ServedSequence(self, options, self.rounds, size)
+        sequence = ServedSequence(self, options, self.rounds, size, client)
         self.sequences.add(sequence)
+        self._of_clients[client] += 1
         return sequence
 
     def close(self, sequence: "ServedSequence") -> None:
@@ -130,6 +141,9 @@ class Generation:
         if sequence in self.sequences:
             self.sequences.remove(sequence)
             self.bytes_reserved -= sequence.num_bytes
+            self._of_clients[sequence.client] -= 1
+            if not self._of_clients[sequence.client]:
+                del self._of_clients[sequence.client]
             self._batcher.forget(sequence)
 
     async def decode(self, work: _Work) -> Reply:
@@ -140,7 +154,8 @@ class Generation:
         if outcome.draws is None:
             return outcome.reply
         # Sorting all logits takes longer than a step on a GPU: not on the device's thread.
-        token_ids = await asyncio.to_thread(outcome.draws.choose, sequence.options.sampling)
+        loop, sampling = asyncio.get_running_loop(), sequence.options.sampling
+        token_ids = await loop.run_in_executor(self._drawing, outcome.draws.choose, sampling)
         return replace(outcome.reply, token_ids=token_ids)
 
     async def _decode_batch(self, batch: Several[_Work]) -> list[_Outcome | Exception]:
@@ -233,9 +248,15 @@ class ServedSequence:
     """One client's sequence: what it may send next, and the back's cache of it."""
 
     def __init__(
-        self, generation: Generation, options: SequenceOptions, rounds: int, num_bytes: int
+        self,
+        generation: Generation,
+        options: SequenceOptions,
+        rounds: int,
+        num_bytes: int,
+        client: str,
     ) -> None:
         """Made by `Generation.open`."""
+        self.client = client
         self._generation = generation
         self.options = options
         self.rounds = rounds

@@ -8,6 +8,7 @@ from grpc.aio import ServicerContext
 
 from lesft.batching import LARGE_STEP
 from lesft.bundle import BundleReader, check_announced
+from lesft.call_limits import name_of_caller
 from lesft.errors import BundleError, OutOfOrder, Unreachable
 from lesft.inference_messages import (
     Reply,
@@ -56,7 +57,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """See inference.proto."""
         loop, call = asyncio.get_running_loop(), asyncio.current_task()
         assert call is not None
-        async with aclosing(self._responses(aiter(request_iterator))) as responses:
+        client = name_of_caller(context)
+        async with aclosing(self._responses(aiter(request_iterator), client)) as responses:
             async for response in responses:
                 not_read = loop.call_later(self._idle_seconds, call.cancel)
                 try:
@@ -65,13 +67,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     not_read.cancel()
 
     async def _responses(
-        self, requests: _Requests
+        self, requests: _Requests, client: str
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         opening = await self._next(requests)
         if opening is None or opening.WhichOneof("message") != "open":
             raise OutOfOrder("the first message of a sequence must be open")
         options = check_sequence(opening.open, self._spec, self._generation.rounds)
-        sequence = self._generation.open(options)
+        sequence = self._generation.open(options, client)
         try:
             yield inference_pb2.GenerateResponse(
                 opened=inference_pb2.SequenceOpened(heartbeat_seconds=self._heartbeat_seconds)

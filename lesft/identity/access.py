@@ -5,8 +5,9 @@ import logging
 from collections.abc import Callable, Collection
 from typing import Any
 
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
+from lesft.body_limit import bounded, says_too_much
 from lesft.channel import is_loopback
 from lesft.errors import (
     InvalidInput,
@@ -65,13 +66,36 @@ class AccessControl:
         headers = {name.lower(): value for name, value in scope["headers"]}
         try:
             self._check_origin(headers)
-            _check_length(headers)
+            if says_too_much(headers, MAX_BODY_BYTES):
+                raise TooLarge(f"a request may have {MAX_BODY_BYTES} bytes")
             if scope["path"] not in OPEN_PATHS:
                 self._check_token(scope, headers.get(b"authorization", b""))
         except LesftError as error:
             await _refusal(error)(scope, receive, send)
             return
-        await self._app(scope, _bounded(receive), send)
+        if scope["path"] == "/readyz" and not self._may_look(scope, headers):
+            await self._readiness_alone(scope, receive, send)
+        else:
+            await self._app(scope, bounded(receive, MAX_BODY_BYTES), send)
+
+    def _may_look(self, scope: Any, headers: dict[bytes, bytes]) -> bool:
+        try:
+            self._check_token(scope, headers.get(b"authorization", b""))
+        except LesftError:
+            return False
+        return True
+
+    async def _readiness_alone(self, scope: Any, receive: Any, send: Any) -> None:
+        """For probes, which have no token: the reason names clients, and what they have said."""
+        status = 503
+
+        async def look(message: Any) -> None:
+            nonlocal status
+            status = message.get("status", status)
+
+        await self._app(scope, bounded(receive, MAX_BODY_BYTES), look)
+        text = "ok\n" if status == 200 else "not ready; with an access token this says why\n"
+        await PlainTextResponse(text, status)(scope, receive, send)
 
     def _check_origin(self, headers: dict[bytes, bytes]) -> None:
         """Refuse requests that a web page from elsewhere makes its reader's browser send."""
@@ -116,25 +140,6 @@ class AccessControl:
             )
         if method not in _READS:
             log.info("%s %s, by %s", method, one_line(scope["path"]), token.name)
-
-
-def _check_length(headers: dict[bytes, bytes]) -> None:
-    length = headers.get(b"content-length", b"0")
-    if not length.isdigit() or int(length) > MAX_BODY_BYTES:
-        raise TooLarge(f"a request may have {MAX_BODY_BYTES} bytes")
-
-
-def _bounded(receive: Any) -> Any:
-    """A body without a length is cut off by its sender's connection where it is too long."""
-    size = 0
-
-    async def bounded() -> Any:
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
-        return {"type": "http.disconnect"} if size > MAX_BODY_BYTES else message
-
-    return bounded
 
 
 def _is_local(host: str) -> bool:

@@ -1,5 +1,6 @@
 """OpenAI's HTTP API over a language model."""
 
+import asyncio
 import time
 from contextlib import aclosing
 
@@ -12,6 +13,7 @@ from lesft_client.endpoint.answers import CHAT, COMPLETION, Answer, Json, Pieces
 from lesft_client.endpoint.api_key import RequireKey
 from lesft_client.endpoint.asking import Asked, Defaults, ask_chat, ask_completion
 from lesft_client.endpoint.bodies import ChatBody, CompletionBody, WritingBody
+from lesft_client.endpoint.body_limit import LimitBody
 from lesft_client.endpoint.errors import Refused, add_error_bodies
 from lesft_client.endpoint.metrics import CountRequests, Metrics
 from lesft_client.endpoint.writer import HungUp, Writer, unless_hung_up
@@ -38,6 +40,7 @@ class Endpoint:
         self.app.include_router(self._routes())
         if api_key is not None:
             self.app.add_middleware(RequireKey, api_key=api_key)
+        self.app.add_middleware(LimitBody)
         self.app.add_middleware(CountRequests, metrics=metrics)
 
     def stop(self) -> None:
@@ -62,14 +65,14 @@ class Endpoint:
         async def chat(request: Request, body: ChatBody) -> Response:
             """The model's next turn in a conversation."""
             self._check_model(body.model)
-            asked = ask_chat(body, self._model, self._defaults)
+            asked = await asyncio.to_thread(ask_chat, body, self._model, self._defaults)
             return await self._respond(request, body, CHAT, asked)
 
         @router.post("/completions", response_model=None)
         async def completions(request: Request, body: CompletionBody) -> Response:
             """How the model goes on with texts."""
             self._check_model(body.model)
-            asked = ask_completion(body, self._model, self._defaults)
+            asked = await asyncio.to_thread(ask_completion, body, self._model, self._defaults)
             return await self._respond(request, body, COMPLETION, asked)
 
         return router

@@ -1,7 +1,10 @@
 """From the body of a request to what the model is asked, or to why it is not."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
 
 from lesft.errors import InvalidInput
 from lesft_client.conversation import encode_bare, encode_turns
@@ -35,8 +38,10 @@ class Asked:
 
 def ask_chat(body: ChatBody, model: LanguageModel, defaults: Defaults) -> Asked:
     """The next turn of a conversation. Raises Refused when the model cannot be asked that."""
+    turns = [message.turn for message in body.messages]
+    _check_length(model, sum(len(turn["content"]) for turn in turns), "messages")
     try:
-        ids = encode_turns([message.turn for message in body.messages], model.tokenizer)
+        ids = encode_turns(turns, model.tokenizer)
     except InvalidInput as error:
         raise Refused(400, f"messages: {error}", "messages", "invalid_value") from None
     room = _room(model, len(ids), "messages", body.most_tokens)
@@ -70,6 +75,7 @@ def _asked(
 
 def _prompt_ids(model: LanguageModel, prompt: str | list[int]) -> list[int]:
     if isinstance(prompt, str):
+        _check_length(model, len(prompt), "prompt")
         try:
             return encode_bare(prompt, model.tokenizer)
         except InvalidInput as error:
@@ -80,6 +86,21 @@ def _prompt_ids(model: LanguageModel, prompt: str | list[int]) -> list[int]:
         message = f"prompt: token ids must lie between 0 and {size - 1}, got {wrong}"
         raise Refused(400, message, "prompt", "invalid_value")
     return prompt
+
+
+def _check_length(model: LanguageModel, num_characters: int, param: str) -> None:
+    """Before it costs memory and time: raises Refused for what cannot be few enough tokens."""
+    if num_characters > model.max_length * _longest_token(model.tokenizer):
+        message = (
+            f"{param}: this model's maximum context length is {model.max_length} tokens, and "
+            f"{num_characters} characters are more than these can have"
+        )
+        raise Refused(400, message, param, "context_length_exceeded")
+
+
+@functools.lru_cache(maxsize=4)
+def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(map(len, tokenizer.get_vocab()))
 
 
 def _room(model: LanguageModel, num_prompt: int, param: str, asked: int | None) -> int:

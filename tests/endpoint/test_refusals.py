@@ -1,5 +1,7 @@
 """What is refused, and how: OpenAI's error bodies, and the classes its client makes of them."""
 
+import contextlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -138,6 +140,34 @@ def test_a_missing_field_is_named(endpoint: Served) -> None:
     answer = httpx.post(f"{endpoint.url}/v1/chat/completions", json={"model": "fake"})
     error = answer.json()["error"]
     assert (error["param"], error["code"]) == ("messages", "missing_required_parameter")
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_beyond_all_measure_is_refused_and_the_endpoint_lives(
+    announced: bool, endpoint: Served
+) -> None:
+    body = json.dumps({"model": "fake", "prompt": "x" * (9 << 20)}).encode()
+    content = body if announced else (body[i : i + 65536] for i in range(0, len(body), 65536))
+    url = f"{endpoint.url}/v1/completions"
+    headers = {"Content-Type": "application/json"}
+    if announced:
+        answer = httpx.post(url, content=content, headers=headers)
+        assert answer.status_code == 413
+        assert answer.json()["error"]["code"] == "request_too_large"
+    else:
+        with contextlib.suppress(httpx.TransportError):
+            assert httpx.post(url, content=content, headers=headers).status_code >= 400
+    assert httpx.get(f"{endpoint.url}/healthz").status_code == 200
+
+
+def test_a_text_that_cannot_be_few_enough_tokens_is_not_even_tokenised(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lesft_client.endpoint.asking.encode_bare", lambda *_: pytest.fail("was"))
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.completions.create(model="fake", prompt="x" * (1 << 20))
+    assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "prompt")
+    assert "1048576 characters are more than these can have" in raised.value.message
 
 
 def test_a_conversation_that_is_too_long_is_refused_with_both_numbers(

@@ -390,3 +390,14 @@ def test_a_page_from_elsewhere_may_not_use_a_readers_browser(service: RunningAgg
     assert answer(service, "GET", "/v1/run", **bearer, **origin) == (403, "NotAllowed")
     own = {"Origin": f"https://{service.control}"}
     assert answer(service, "GET", "/v1/run", **bearer, **own) == (200, "")
+
+
+def test_who_has_no_token_learns_only_whether_a_service_is_ready(
+    service: RunningAggregator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bearer = "".join(service.token("anna", "viewer").split())
+    assert service.rest().obstacle() == ""
+    monkeypatch.setattr(service.aggregator.rounds, "obstacle", "no room on disk for /var/lib/lesft")
+    assert service.rest().obstacle() == "not ready; with an access token this says why"
+    assert service.rest("lesft-access-AAAA").obstacle().startswith("not ready;")
+    assert service.rest(bearer).obstacle() == "no room on disk for /var/lib/lesft"

@@ -379,7 +379,7 @@ BAD: dict[str, tuple[Callable[[StepKey], Messages], Refusal]] = {
         refusal(
             BundleError,
             "tensor 'base' has values up to 3.0e+38 in magnitude, but activations must stay "
-            "within 1e+15: " + FRONT,
+            "within 1e+12: " + FRONT,
         ),
     ),
     "a label below the vocabulary": (
