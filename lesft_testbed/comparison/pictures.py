@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -42,6 +43,9 @@ _MARKS = "osD^vP*XhdpH"
 _Cost = Callable[[Cell], float | None]
 _LINES = {ZERO_SHOT: ":", FEW_SHOT: "--"}
 
+_TITLE_CHARACTERS = 56
+"""That a panel holds in a line."""
+
 
 def draw_pictures(comparison: Comparison, folder: Path) -> list[Picture]:
     """Write all pictures that the comparison has figures for; returns what was written."""
@@ -75,7 +79,7 @@ class _Pictures:
         for row, place in zip(panels, places, strict=True):
             for axes, measure in zip(row, self._measures, strict=True):
                 self._methods(axes, place, measure, methods)
-            row[0].set_title(described(place), fontsize=10, loc="left")
+            _set_title(row, described(place))
         for axes, measure in zip(panels[-1], self._measures, strict=True):
             axes.set_xlabel(_NAMES[measure])
         self._save(figure, file, f"{caption}: mean over seeds with 95% t-interval")
@@ -104,7 +108,7 @@ class _Pictures:
             for axes, measure in zip(row, self._measures, strict=True):
                 self._curves(axes, series, measure)
                 axes.set_xlabel(about)
-            row[0].set_title(series.title, fontsize=10, loc="left")
+            _set_title(row, series.title)
         _legend(figure, panels[0][0])
         self._save(figure, file, f"Against {about}: mean over seeds with 95% t-interval")
 
@@ -168,7 +172,7 @@ class _Pictures:
             for axes, measure in zip(row, self._measures, strict=True):
                 self._costs(axes, name, measure, cost)
                 axes.set_xlabel(about)
-            row[0].set_title(name, fontsize=10, loc="left")
+            _set_title(row, name)
         _legend(figure, panels[0][0])
         return figure, [axes for row in panels for axes in row]
 
@@ -246,6 +250,11 @@ def _error(found: Estimate) -> list[list[float]] | None:
 
 def _megabytes(cell: Cell) -> float | None:
     return cell.total_bytes / 1e6
+
+
+def _set_title(row: Sequence[Axes], text: str) -> None:
+    """Of a row of panels, over the first one; in lines that its width holds."""
+    row[0].set_title(fill(text, _TITLE_CHARACTERS * len(row)), fontsize=10, loc="left")
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
