@@ -390,7 +390,6 @@ class Cohort:
         try:
             await self._run.may_step()
             self._stop_if_asked(key)
-            await self._journal.begin()
             times = await self._take_step(step)
         except Exception as error:
             if not isinstance(error, LesftError):
@@ -399,6 +398,7 @@ class Cohort:
             step.move(StepState.FAILED)
             self._run.stop(str(error))  # ends every call that waits for this step
             return
+        assert key == self.next_key, "steps are taken and kept in the order of their keys"
         step.move(StepState.KEPT)
         self.next_key = key.following(self._run.spec.accumulation)
         del self._steps[key]

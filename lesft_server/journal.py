@@ -57,8 +57,10 @@ class Journal:
         self.dropped: list[str] = json.loads(dropped.read_text()) if dropped.exists() else []
         """The clients that an operator has dropped."""
         begun = state / BEGUN_FILE
-        self.run_instance = begun.read_text() if begun.exists() else ""
-        """Random, from the first step on: what tells this run from another of the same settings."""
+        known = begun.read_text() if begun.exists() else ""
+        self.run_instance = known or secrets.token_hex(16)
+        """Random: what tells this run from another of the same settings; kept with its first step."""
+        self._instance_is_kept = bool(known)
         self.safe_since = time.monotonic()
         """Work done before this moment would survive a crash: that of the newest checkpoint."""
         self.checkpoint_seconds: float | None = None
@@ -67,25 +69,24 @@ class Journal:
 
     @property
     def has_begun(self) -> bool:
-        """Whether a first step was taken, of which clients may have the answers."""
-        return bool(self.run_instance) or self.newest is not None
-
-    async def begin(self) -> None:
-        """Keep for good that the first step is about to be taken."""
-        if not self.run_instance:
-            file, name = self._state / BEGUN_FILE, secrets.token_hex(16)
-            await self._run(lambda: self._with_room(lambda: write_atomically(file, name.encode())))
-            self.run_instance = name
+        """Whether a first step was kept, of which clients may have the answers."""
+        return self._instance_is_kept or self.newest is not None
 
     async def append(self, make_entries: Callable[[], Sequence[Entry]]) -> None:
         """Keep the answers of a step; they are made on the journal's thread."""
 
         def job() -> None:
+            if not self._instance_is_kept:
+                self._with_room(self._keep_instance)
             entries = make_entries()
             with self._clock.phase("ledger", entries[0].header.round):
                 self._with_room(lambda: self.ledger.append(entries))
 
         await self._in_order(job)
+
+    def _keep_instance(self) -> None:
+        write_atomically(self._state / BEGUN_FILE, self.run_instance.encode())
+        self._instance_is_kept = True
 
     async def checkpoint(self, checkpoint: Checkpoint, and_write: Callable[[], None]) -> None:
         """Keep a checkpoint and begin the ledger's next window; `and_write` goes before."""

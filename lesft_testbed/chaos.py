@@ -15,7 +15,7 @@ from lesft_testbed.chaos_result import (
     write_chaos_report,
 )
 from lesft_testbed.chaos_run import ChaosRun, samples_in_all
-from lesft_testbed.output import OUTPUT_USERS, locked_output, prepare_output
+from lesft_testbed.output import fresh_output
 from lesft_testbed.settings import ChaosSettings
 from lesft_testbed.tiny_model import save_tiny_data, save_tiny_model
 
@@ -31,13 +31,12 @@ def chaos(settings: ChaosSettings) -> str:
     InternalError when anything comes out differently, InvalidInput when the run was too short for
     all faults. chaos.json is there in the last two cases too.
     """
-    with locked_output(settings.output, OUTPUT_USERS):
+    with fresh_output(settings.output, _OURS):
         return _chaos(settings, say if settings.progress == "lines" else _say_nothing)
 
 
 def _chaos(settings: ChaosSettings, show: Callable[[str], None]) -> str:
     output = settings.output
-    prepare_output(output, _OURS)
     model = save_tiny_model(output / _MODEL, settings.seed)
     data = save_tiny_data(output / _DATA, samples_in_all(settings))
     show(f"{settings.rounds} rounds without faults")

@@ -15,30 +15,32 @@ OUTPUT_USERS = "lesft-testbed run, serve or chaos"
 """The commands that hold a run's folder."""
 
 
-def prepare_output(output: Path, ours: Collection[str], pattern: str = "") -> None:
-    """An empty folder, without an earlier run's results.
+@contextmanager
+def fresh_output(output: Path, ours: Collection[str], pattern: str = "") -> Iterator[None]:
+    """An empty folder, without an earlier run's results, for this process alone.
 
     Those are known by their names: `ours`, or what the regular expression matches as a whole.
-    Raises InvalidInput when there are other files.
+    Raises InvalidInput when there are other files, or when another process has the folder.
     """
     check_is_folder(output)
-    output.mkdir(parents=True, exist_ok=True)
-    entries = [entry for entry in output.iterdir() if entry.name != LOCK_FILE]
+    entries = list(output.iterdir()) if output.exists() else []
     foreign = sorted(
         entry.name
         for entry in entries
-        if entry.name not in ours and not re.fullmatch(pattern, entry.name)
+        if entry.name not in (*ours, LOCK_FILE) and not re.fullmatch(pattern, entry.name)
     )
     if foreign:
         raise InvalidInput(
             f"--output {output} holds {foreign[0]!r}, which no run of the testbed has written: "
             "give a folder of its own"
         )
-    for entry in entries:
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+    with locked_output(output, OUTPUT_USERS):
+        for entry in output.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK_FILE:
+                entry.unlink()
+        yield
 
 
 def check_is_folder(output: Path) -> None:

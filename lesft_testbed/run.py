@@ -22,7 +22,7 @@ from lesft_testbed.commands import (
 from lesft_testbed.data_digest import data_sha256
 from lesft_testbed.default_model import default_model
 from lesft_testbed.display import Display
-from lesft_testbed.output import OUTPUT_USERS, locked_output, prepare_output
+from lesft_testbed.output import fresh_output
 from lesft_testbed.page import PAGE_FILE, PICTURE_FILE, SHARES_FILE, summary, write_page
 from lesft_testbed.processes import Process, Processes
 from lesft_testbed.questions import QUESTIONS_FILE, Questions, write_questions
@@ -55,12 +55,11 @@ class RunCommand:
 
         Raises RunStopped, naming the service and the end of its log, when one fails.
         """
-        with locked_output(self._settings.output, OUTPUT_USERS):
+        with fresh_output(self._settings.output, _OURS, _LOGS):
             return self._run()
 
     def _run(self) -> str:
         settings, start = self._settings, time.monotonic()
-        prepare_output(settings.output, _OURS, _LOGS)
         if settings.trains_nothing:
             self._display.say("every token has weight 0: nothing will be trained")
         data = data_sha256(settings.data)

@@ -54,7 +54,7 @@ def test_two_clients_train_to_the_end_after_one_of_them_was_stopped_while_it_wai
     run: Launcher,
 ) -> None:
     # The default seed leaves the long sample among those that b trains on.
-    long = {"prompt": "Add 1 and 2. " * 20, "reference": "3", "target": "3"}
+    long = {"prompt": "Add 2 and 1. " * 20, "reference": "3", "target": "3"}
     data_b = write_samples(run.folder / "b.jsonl", [*make_samples(11), long])
     server, aggregator = run.services(clients=2, rounds=4, aggregation_interval=3)
     addresses = server.address("grpc"), aggregator.address("grpc")

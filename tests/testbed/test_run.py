@@ -56,7 +56,7 @@ def test_a_run_leaves_report_picture_logs_and_an_adapter_that_reproduces_its_fig
     logs = {"server.log", "aggregator.log", "client-0.log", "client-1.log"}
     logs |= {"questions-before.log", "questions-after.log"}
     results = {"report.json", "report.md", "loss.png", "adapter", "serve.json", "questions.json"}
-    assert names == {*results, "state", *logs}
+    assert names == {*results, "state", "lock", *logs}
 
     report = json.loads((output / "report.json").read_text())
     assert (report["clients"], report["rounds"], report["cut_layer"]) == (CLIENTS, 6, 1)
