@@ -59,7 +59,7 @@ class Journal:
         begun = state / BEGUN_FILE
         known = begun.read_text() if begun.exists() else ""
         self.run_instance = known or secrets.token_hex(16)
-        """Random, kept with the first step: what tells this run from others of the same settings."""
+        """Random, kept with the first step: tells this run from others of the same settings."""
         self._instance_is_kept = bool(known)
         self.safe_since = time.monotonic()
         """Work done before this moment would survive a crash: that of the newest checkpoint."""
