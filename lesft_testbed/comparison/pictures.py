@@ -43,7 +43,7 @@ _MARKS = "osD^vP*XhdpH"
 _Cost = Callable[[Cell], float | None]
 _LINES = {ZERO_SHOT: ":", FEW_SHOT: "--"}
 
-_TITLE_CHARACTERS = 56
+_TITLE_CHARACTERS = 48
 """That a panel holds in a line."""
 
 
