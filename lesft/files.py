@@ -104,3 +104,9 @@ def when_there_is_room(
                 on_wait("")
                 log.warning("there is room on disk for %s again", folder)
             return result
+
+
+def check_output_folder(output: Path) -> None:
+    """Raises InvalidInput for an `--output` that is a file."""
+    if output.exists() and not output.is_dir():
+        raise InvalidInput(f"--output {output} must be a folder, but it is a file")

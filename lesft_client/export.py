@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from lesft.adapter_export import ADAPTER_EXPORT_FILES, card_name, export_adapter
 from lesft.adapter_halves import SPEC_FILE, AdapterHalf, load_half
 from lesft.errors import HandshakeMismatch, InvalidInput, ModelError
-from lesft.files import open_to_umask
+from lesft.files import check_output_folder, open_to_umask
 from lesft.hub import model_folder
 from lesft.model_card import CARD_FILE, Figures, figures_of, model_card
 from lesft.spec import RunSpec
@@ -150,8 +150,7 @@ def _write_merged(
 
 def check_output(output: Path, ours: Collection[str]) -> None:
     """Raises InvalidInput unless the folder is new, empty, or an earlier export's of `ours`."""
-    if output.exists() and not output.is_dir():
-        raise InvalidInput(f"--output {output} must be a folder, but it is a file")
+    check_output_folder(output)
     names = {e.name for e in output.iterdir()} if output.exists() else set()
     names.discard(_UNFINISHED_FOLDER)
     foreign = sorted(names - set(ours))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lesft.errors import InvalidInput
+from lesft.files import check_output_folder
 
 LOCK_FILE = "lock"
 
@@ -22,7 +23,7 @@ def fresh_output(output: Path, ours: Collection[str], pattern: str = "") -> Iter
     Those are known by their names: `ours`, or what the regular expression matches as a whole.
     Raises InvalidInput when there are other files, or when another process has the folder.
     """
-    check_is_folder(output)
+    check_output_folder(output)
     entries = list(output.iterdir()) if output.exists() else []
     foreign = sorted(
         entry.name
@@ -43,19 +44,13 @@ def fresh_output(output: Path, ours: Collection[str], pattern: str = "") -> Iter
         yield
 
 
-def check_is_folder(output: Path) -> None:
-    """Raises InvalidInput for a file."""
-    if output.exists() and not output.is_dir():
-        raise InvalidInput(f"--output {output} must be a folder, but it is a file")
-
-
 @contextmanager
 def locked_output(output: Path, command: str, hint: str = "") -> Iterator[None]:
     """Hold the folder for this process alone, making it first; the lock goes with the process.
 
     Raises InvalidInput when another one has it; `hint` ends the message.
     """
-    check_is_folder(output)
+    check_output_folder(output)
     output.mkdir(parents=True, exist_ok=True)
     with (output / LOCK_FILE).open("w") as lock:
         try:

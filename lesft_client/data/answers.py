@@ -9,7 +9,7 @@ _NUMBER = re.compile(
     [$€£]?\s*(-?)[$€£]?
     ((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)
     (?![/:-] | [A-Z] | (?:st|nd|rd|th)\b)                  # no time, name or ordinal
-    (?!\s*(?:hundred|thousand|[mbtr]+illion|dozen)\b)
+    (?!\s*(?:hundred|thousand|(?:m|b|tr)illion|dozen)\b)
     [^\d]*                                                # a unit, but no other number
     """,
     re.ASCII | re.VERBOSE,
