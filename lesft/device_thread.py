@@ -5,14 +5,23 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from lesft.cpu_threads import compute_on_one_core, compute_on_this_thread
+
 T = TypeVar("T")
 
 
 class DeviceThread:
     """Runs jobs in the order they were given."""
 
-    def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
+    def __init__(self, num_threads: int = 0) -> None:
+        """Jobs compute on so many cores, 0: all; the thread that makes it from now on on one."""
+        compute_on_one_core()
+        self._executor = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="device",
+            initializer=compute_on_this_thread,
+            initargs=(num_threads,),
+        )
 
     async def run(self, job: Callable[[], T]) -> T:
         """Run a job and return its result. A job that has started always runs to its end."""

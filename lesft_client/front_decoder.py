@@ -24,13 +24,15 @@ class _Work:
 class FrontDecoder:
     """Token ids to cut-layer activations. Lives on an event loop; computes in a thread."""
 
-    def __init__(self, front: PreTrainedModel, precision: Precision = "fp32") -> None:
-        """`front` has its adapters, or none."""
+    def __init__(
+        self, front: PreTrainedModel, device: DeviceThread, precision: Precision = "fp32"
+    ) -> None:
+        """`front` has its adapters, or none. It closes `device`, which is for it alone."""
         self.config = front.config
         self._front = front
         self._front.train(False)
         self.precision: Precision = precision
-        self._device = DeviceThread()
+        self._device = device
         self._batcher: Batcher[_Work, torch.Tensor] = Batcher(self._run)
 
     async def activations(

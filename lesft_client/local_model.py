@@ -59,15 +59,16 @@ class LocalModel:
         tokenizer: PreTrainedTokenizerBase,
         end_ids: frozenset[int],
         max_length: int,
+        device: DeviceThread,
     ) -> None:
-        """`end_ids` are the tokens that end a text."""
+        """`end_ids` are the tokens that end a text. It closes `device`, which is for it alone."""
         self.name = name
         self.fingerprint = fingerprint
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._model = model
         self._end_ids = end_ids
-        self._device = DeviceThread()
+        self._device = device
         self._rows = RowBatch(model)
         self._texts: list[LocalText] = []  # one for each row
         self._waiting: deque[LocalText] = deque()

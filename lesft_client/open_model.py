@@ -7,11 +7,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from lesft.adapter_halves import AdapterHalf, load_half
 from lesft.adapters import attach_lora, load_lora_state
+from lesft.device_thread import DeviceThread
 from lesft.errors import HandshakeMismatch, InvalidInput
 from lesft.hub import model_folder
 from lesft.spec_messages import spec_from_message
@@ -42,11 +42,10 @@ async def open_model(settings: LanguageModelSettings) -> AsyncGenerator[Language
     Unreachable when there is no such model.
     """
     _check(settings)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    device = DeviceThread(settings.threads)
     connectors = [] if settings.local else [Connector(settings.server, settings, "server")]
     model: LocalModel | SplitModel = (
-        _local(settings) if settings.local else _split(settings, *connectors)
+        _local(settings, device) if settings.local else _split(settings, connectors[0], device)
     )
     try:
         with renewing(connectors):
@@ -90,7 +89,7 @@ def _trained_by(half: AdapterHalf, state: Path) -> str:
     return half.sha256() + (name.read_text() if name.is_file() else "")
 
 
-def _local(settings: LanguageModelSettings) -> LocalModel:
+def _local(settings: LanguageModelSettings, device: DeviceThread) -> LocalModel:
     folder = model_folder(settings.model)
     tokenizer = load_tokenizer(settings.model)
     model, fingerprint = load_local_model(
@@ -104,10 +103,13 @@ def _local(settings: LanguageModelSettings) -> LocalModel:
         tokenizer,
         _end_ids(tokenizer, model.config.to_dict()),
         _max_length(model.config),
+        device,
     )
 
 
-def _split(settings: LanguageModelSettings, connector: Connector) -> SplitModel:
+def _split(
+    settings: LanguageModelSettings, connector: Connector, device: DeviceThread
+) -> SplitModel:
     party, wire = f"server {settings.server}", WireCounter()
     display = ProgressDisplay(Status("", wire), bar=False)
     half = load_half(settings.state) if settings.state else None
@@ -128,7 +130,7 @@ def _split(settings: LanguageModelSettings, connector: Connector) -> SplitModel:
         load_lora_state(front, 0, half.tensors)
     end_ids = _end_ids(tokenizer, json.loads(description.config_json))
     context = SplitContext(
-        FrontDecoder(front, settings.precision),
+        FrontDecoder(front, device, settings.precision),
         Connection(connector),
         spec,
         fingerprint,

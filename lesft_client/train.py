@@ -8,10 +8,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from lesft.adapter_halves import SPEC_FILE
 from lesft.control import write_endpoints
+from lesft.cpu_threads import compute_on_this_thread
 from lesft.errors import InvalidInput, LesftError
 from lesft.files import lock_folder, write_atomically
 from lesft.identity.expiry import show_expiry
@@ -109,8 +108,7 @@ class TrainCommand:
 
     def _run(self) -> None:
         settings, start = self._settings, time.monotonic()
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
+        compute_on_this_thread(settings.threads)
         run: SplitRun | LocalRun = (
             LocalRun(settings, self._status.client_id)
             if settings.local

@@ -71,7 +71,7 @@ class Server:
         """`on_plan` hears that a client's plan was taken, and that a new server is to go by it."""
         self._settings = settings
         self._on_plan = on_plan
-        self._device = DeviceThread()
+        self._device = DeviceThread(settings.threads)
         self._server: grpc.aio.Server | None = None
         self._control: ControlServer | None = None
         self._journal: Journal | None = None
@@ -285,8 +285,6 @@ async def _any_of(*events: asyncio.Event) -> None:
 
 def _load(settings: ServerSettings, checkpoint: Checkpoint) -> tuple[Back, RunSpec]:
     """The back with fresh adapters and the run spec, on the device thread."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     num_layers = checkpoint.config.num_hidden_layers
     cut_layer = settings.cut_layer or default_cut_layer(num_layers)
     check_cut_layer(cut_layer, num_layers)

@@ -21,9 +21,10 @@ _LOG_LINES = 15
 STOPPED_BY_OTHERS = 3
 """Exit status of a client whose run was ended by another party: a consequence, not a cause."""
 
-_SHARING_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""torch's threads that wait for each other sleep, where they would else spin on a core that another
-service could have: a step of `lesft` with one client takes 4% less time on two cores."""
+_SHARING_CORES = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+"""torch's threads that wait for each other go to sleep after some 10 microseconds, where they would
+else spin for milliseconds on a core that another service could have. At once would be too soon: in
+a step they wait tens of thousands of times."""
 
 
 class Process:

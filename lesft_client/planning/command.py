@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from lesft.commands import say
+from lesft.cpu_threads import compute_on_this_thread
 from lesft.device import choose_device
 from lesft.errors import Busy, InvalidInput, LesftError, Unreachable
 from lesft.files import write_atomically
@@ -46,8 +45,7 @@ T = TypeVar("T")
 
 def plan(settings: PlanSettings) -> str:
     """Write the plan to --output and return what to print. Raises LesftError."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    compute_on_this_thread(settings.threads)
     connector = Connector(settings.server, settings, "server")
     client_id = own_client_id("", [connector])
     made = PlanCommand(settings, connector, client_id).make()

@@ -1,0 +1,52 @@
+"""One thread of a process computes on many cores, all others on one."""
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from lesft.cpu_threads import compute_on_this_thread
+from lesft.device_thread import DeviceThread
+
+
+def test_jobs_compute_on_as_many_cores_as_asked_and_all_other_threads_on_one() -> None:
+    async def numbers() -> list[int]:
+        device = DeviceThread(3)
+        try:
+            return [
+                await device.run(torch.get_num_threads),
+                torch.get_num_threads(),
+                await asyncio.to_thread(torch.get_num_threads),
+                await device.run(torch.get_num_threads),
+            ]
+        finally:
+            device.close()
+
+    assert asyncio.run(numbers()) == [3, 1, 1, 3]
+
+
+def test_a_second_device_thread_takes_nothing_from_the_first() -> None:
+    async def numbers() -> list[int]:
+        devices = [DeviceThread(2), DeviceThread(3)]
+        try:
+            return [await devices[i].run(torch.get_num_threads) for i in (0, 1, 0)]
+        finally:
+            for device in devices:
+                device.close()
+
+    assert asyncio.run(numbers()) == [2, 3, 2]
+
+
+def test_the_number_asked_for_holds_in_the_calling_thread_alone() -> None:
+    found = []
+
+    def ask() -> None:
+        compute_on_this_thread(4)
+        with ThreadPoolExecutor(1) as another:
+            found.extend([torch.get_num_threads(), another.submit(torch.get_num_threads).result()])
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert found == [4, 1]
