@@ -2,6 +2,7 @@
 
 from lesft.commands import Command, Program
 from lesft.logs import configure_logs
+from lesft.openmp import sleep_soon
 from lesft_client.log_settings import ClientLogSettings
 
 EXIT_STOPPED_BY_OTHERS = 3
@@ -81,4 +82,5 @@ PROGRAM = Program(
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     configure_logs(ClientLogSettings(), PROGRAM.name, PROGRAM.log_format)
+    sleep_soon()
     PROGRAM.run(argv)

@@ -2,6 +2,7 @@
 
 from lesft.commands import Command, Program
 from lesft.identity.program import access_commands
+from lesft.openmp import sleep_soon
 
 PROGRAM = Program(
     "lesft-server",
@@ -29,4 +30,5 @@ PROGRAM = Program(
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
+    sleep_soon()
     PROGRAM.run(argv)

@@ -1,7 +1,6 @@
 """The services as processes of this machine: started, watched and always ended."""
 
 import json
-import os
 import signal
 import subprocess
 import time
@@ -20,11 +19,6 @@ _LOG_LINES = 15
 
 STOPPED_BY_OTHERS = 3
 """Exit status of a client whose run was ended by another party: a consequence, not a cause."""
-
-_SHARING_CORES = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
-"""torch's threads that wait for each other go to sleep after some 10 microseconds, where they would
-else spin for milliseconds on a core that another service could have. At once would be too soon: in
-a step they wait tens of thousands of times."""
 
 
 class Process:
@@ -52,7 +46,6 @@ class Process:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**_SHARING_CORES, **os.environ},
             )
         self.pid = self._popen.pid
 

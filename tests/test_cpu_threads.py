@@ -1,13 +1,19 @@
 """One thread of a process computes on many cores, all others on one."""
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
 from lesft.cpu_threads import compute_on_this_thread
 from lesft.device_thread import DeviceThread
+
+OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def test_jobs_compute_on_as_many_cores_as_asked_and_all_other_threads_on_one() -> None:
@@ -50,3 +56,25 @@ def test_the_number_asked_for_holds_in_the_calling_thread_alone() -> None:
     thread.start()
     thread.join()
     assert found == [4, 1]
+
+
+@pytest.mark.parametrize("main", ["lesft_server.main", "lesft_client.main"])
+def test_a_service_says_how_threads_wait_before_torch_is_loaded(main: str) -> None:
+    """By the first of which torch's OpenMP goes, and its user before that."""
+    program = f"""
+import os, sys, unittest.mock
+import {main} as program
+program.PROGRAM = unittest.mock.Mock(log_format="%(message)s")
+program.main([])
+print("torch" in sys.modules, os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"])
+"""
+    asked = {name: value for name, value in os.environ.items() if name not in OPENMP}
+    for own, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        said = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**asked, **own},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert said.stdout.split() == ["False", "PASSIVE", expected]
