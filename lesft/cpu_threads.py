@@ -11,6 +11,7 @@ import threading
 import torch
 
 _ALL_CORES = torch.get_num_threads()
+"""What torch takes by itself: the cores, or OMP_NUM_THREADS."""
 
 
 def compute_on_this_thread(num_threads: int) -> None:

@@ -14,5 +14,5 @@ def sleep_soon() -> None:
     By itself GNU's OpenMP lets them spin for milliseconds, on cores that other services on the same
     machine could have. At once would be too soon: in a step they wait tens of thousands of times.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    if _ENVIRONMENT.keys().isdisjoint(os.environ):
+        os.environ.update(_ENVIRONMENT)
