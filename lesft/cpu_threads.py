@@ -7,11 +7,9 @@ step takes a fifth longer. Decoding a message in a thread beside the model was e
 """
 
 import threading
+from functools import cache
 
 import torch
-
-_ALL_CORES = torch.get_num_threads()
-"""What torch takes by itself: the cores, or OMP_NUM_THREADS."""
 
 
 def compute_on_this_thread(num_threads: int) -> None:
@@ -19,7 +17,7 @@ def compute_on_this_thread(num_threads: int) -> None:
 
     Threads that have computed already stay as they are.
     """
-    _set(num_threads or _ALL_CORES)
+    _set(num_threads or _all_cores())
     # Setting a thread's number sets that of all later ones, too.
     others = threading.Thread(target=compute_on_one_core)
     others.start()
@@ -28,7 +26,14 @@ def compute_on_this_thread(num_threads: int) -> None:
 
 def compute_on_one_core() -> None:
     """Leave the cores to another thread of the process."""
+    _all_cores()  # asked before it is changed
     _set(1)
+
+
+@cache
+def _all_cores() -> int:
+    """What the process had first: the cores, OMP_NUM_THREADS, or what its program has set."""
+    return torch.get_num_threads()
 
 
 def _set(num_threads: int) -> None:

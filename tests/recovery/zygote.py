@@ -87,14 +87,13 @@ def main() -> None:
     """Serve requests from standard input until it is closed."""
     import torch
 
-    # Before the services' modules, which take it for the number of cores.
-    torch.set_num_threads(1)
     # Everything that takes long to load. gRPC itself is started by the children.
     for module in ("lesft_server.server", "lesft_client.train", "lesft_aggregator.server"):
         importlib.import_module(module)
     for family in ("llama",):
         importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     importlib.import_module("peft.tuners.lora")
+    torch.set_num_threads(1)
     _say({"ready": True})
     for line in sys.stdin:
         request = json.loads(line)
